@@ -1,0 +1,519 @@
+"""BCL: bi-directional contrastive learning for domain adaptive semantic segmentation (ECCV 2022).
+
+Lee, Eom, Lee, Park, Ham. Pixels of one domain are pulled towards the class prototypes of the other, in both directions.
+Target labels are hybrid: static pseudo labels, refreshed every round, filled up with dynamic ones that come from source
+prototypes calibrated by the class-wise domain bias. The released code has neither calibration nor EMA prototypes, and
+its dynamic labels are dead code; this file follows the paper.
+
+    python bcl.py --tau 0.8 --momentum 0.999                         demo: built-in scenes, small network, CPU
+    python bcl.py --tau 0.8 --momentum 0.999 --data-root DIR         GTA5 -> Cityscapes, ResNet-101, the paper's constants
+    python bcl.py --data-root DIR --init FILE --warmup-iters 0       start from given source-only weights
+
+Where the paper leaves a choice, or this differs from the released code:
+D1  Encoder features are layer4's output (2048-d), not concatenated classifier logits.
+D2  Each parameter is in the optimizer once; --lr-backbone-mult 3 keeps the speed of the released list, which repeats them.
+D3  Prototypes of a class are averaged over the images of a batch that hold it before the EMA moves; the losses use each
+    pair's own prototypes. Batch size is free.
+D4  The poly decay runs within a round and starts again, at half the learning rate, in the next.
+D5  Static thresholds come from confidence histograms of 65,536 linear bins: exact to 1.5e-5 in confidence. "The image's
+    own top r" is over all its pixels, of any class.
+D6  Labels made for the stride-8 map and for the full image agree: a static label is picked by nearest-exact, a dynamic one
+    is enlarged by nearest-exact.
+D7  A loss over no pixel is 0 with zero gradient (no class in common, a crop that is all ignore).
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import common
+from common import IGNORE, UserError
+from intrada import (
+    POSITIVE, REAL, SHARE, WHOLE, add_shared_flags, finish_args, flag_adder, number, segmentation_loss, self_information,
+    size, training_config, upsample,
+)  # fmt: skip
+
+# ---------------------------------------------------------------- arguments
+
+# flag: (paper, demo)
+DEFAULTS = {
+    "init": ("imagenet", "none"),
+    "layers": ((3, 4, 23, 3), (2, 2, 2, 2)),
+    "width": (64, 16),
+    "target_size": ((1024, 512), (256, 128)),
+    "short_side": (850, 128),
+    "crop": (730, 128),
+    "scales": ((0.8, 1.0, 1.2), (1.0, 1.2)),
+    "warmup_short_side": (720, 128),
+    "warmup_crop": (600, 128),
+    "batch_size": (2, 2),
+    "warmup_iters": (40_000, 600),
+    "warmup_lr": (2.5e-4, 5e-3),
+    "rounds": (6, 2),
+    "round_iters": (10_000, 200),
+    "lr": (7.5e-5, 2e-3),
+    "bn": ("batch", "batch"),
+    "eval_every": (2_000, 100),
+    "save_every": (1_000, 100),
+    "log_every": (50, 20),
+    "workers": (4, 0),
+}
+
+
+def scales(text: str) -> tuple:
+    try:
+        values = tuple(float(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < v <= 10 for v in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: give factors above 0, say 0.8,1.0,1.2")
+    return values
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = flag_adder(DEFAULTS)
+    g = parser.add_argument_group("method")
+    add(g, "--tau", "τ, least cosine similarity of a dynamic label: higher is sparser and purer; the paper tries 0.5 to 0.9", type=number(float, -1, 1), default=0.8)
+    add(g, "--momentum", "λ of the EMA prototypes; the paper tries 0.99, 0.999, 0.9999", type=SHARE, default=0.999)
+    add(g, "--temperature", "T_c of the contrastive softmax", type=number(float, 1e-3), default=0.1)
+    add(g, "--lambda-ce", "weight of the two cross-entropies", type=REAL, default=1.0)
+    add(g, "--lambda-ent", "weight of the two entropies", type=REAL, default=0.4)
+    add(g, "--lambda-fcl", "weight of the forward contrastive loss (target pixels, source prototypes): 0.1 to 0.7; 0 is off", type=REAL, default=0.1)
+    add(g, "--lambda-bcl", "weight of the backward one (source pixels, target prototypes): 0.1 to 0.7; 0 is off", type=REAL, default=0.1)
+    add(g, "--target-weight", "weight of the target's half of cross-entropy and entropy; the released configuration has 0.3", type=REAL, default=1.0)
+    add(g, "--static-ratio", "r, share of most confident pixels that get a static label", type=SHARE, default=0.1)
+    add(g, "--labels", "target labels: hybrid is static where there is one, else dynamic", choices=("static", "dynamic", "hybrid"), default="hybrid")
+    add(g, "--calibrate", "move source prototypes by the domain bias ξ before they label", action=argparse.BooleanOptionalAction, default=True)
+
+    g = parser.add_argument_group("schedule")
+    add(g, "--warmup-iters", "source-only iterations before the first round", type=WHOLE)
+    add(g, "--warmup-lr", "SGD learning rate of the warm-up", type=REAL)
+    add(g, "--rounds", "rounds; each starts with new static labels and half the learning rate of the one before", type=POSITIVE)
+    add(g, "--round-iters", "iterations per round", type=POSITIVE)
+    add(g, "--lr", "SGD learning rate of the first round; decays by poly 0.9 within a round", type=REAL)
+    add(g, "--batch-size", "pairs of a source and a target image per iteration", type=POSITIVE)
+
+    g = parser.add_argument_group("images")
+    add(g, "--short-side", "images are scaled to this short side times one of --scales, aspect kept, never below the crop", type=POSITIVE)
+    add(g, "--scales", "factors, one is drawn per image", type=scales)
+    add(g, "--crop", "side of the random square crop", type=number(int, 32))
+    add(g, "--warmup-short-side", "--short-side of the warm-up", type=POSITIVE)
+    add(g, "--warmup-crop", "--crop of the warm-up", type=number(int, 32))
+    add(g, "--flip", "mirror every second image", action=argparse.BooleanOptionalAction, default=True)
+    add(g, "--target-size", "whole target images are resized to WxH for static labels and evaluation", type=size)
+
+    add_shared_flags(parser, add, "runs/bcl")
+    return finish_args(parser, DEFAULTS)
+
+
+# ---------------------------------------------------------------- the method's maths, in the paper's order
+# f: encoder features of one image, (D, h, w) at stride 8; y: its labels, (h, w) trainIds with 255 = none; C classes.
+
+
+def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> tuple:
+    """Masked average pooling: p(c) = Σ_p f(p) y(p,c) / Σ_p y(p,c).
+
+    features (D,h,w), labels (h,w) -> prototypes (C,D), zero for a class without a pixel, and present (C,) bool.
+    """
+    classes = torch.arange(num_classes, device=labels.device)
+    one_hot = (labels.flatten() == classes[:, None]).to(features.dtype)  # (C, hw); 255 matches no class
+    count = one_hot.sum(1, keepdim=True)  # (C, 1)
+    return one_hot @ features.flatten(1).T / count.clamp(min=1), count[:, 0] > 0  # (C, hw) @ (hw, D) -> (C, D)
+
+
+def similarities(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosine s(f(p), p(c)) of every position with every prototype: (D,h,w) and (C,D) -> (C, h*w) in [-1, 1]."""
+    unit = F.normalize(features.flatten(1), dim=0, eps=1e-4)  # a feature of all zeros gets similarity 0
+    return F.normalize(prototypes, dim=1, eps=1e-4) @ unit
+
+
+def contrastive_loss(features: Tensor, labels: Tensor, prototypes: Tensor, present: Tensor, temperature: float) -> Tensor:
+    """-(1/|Ω|) Σ_{p∈Ω} Σ_c y(p,c) log [ exp(s(f(p),p(c))/T) / Σ_{c' present} exp(s(f(p),p(c'))/T) ], a scalar >= 0.
+
+    features (D,h,w) and labels (h,w) of one domain, prototypes (C,D) and present (C,) of the other: target pixels and
+    source prototypes make FCL, source pixels and target prototypes BCL. Ω: positions whose label is a present class;
+    where there is none the loss is 0 with zero gradient.
+    """
+    logits = similarities(features, prototypes) / temperature  # (C, hw)
+    log_p = logits.masked_fill(~present[:, None], -1e30).log_softmax(0)  # -1e30, not -inf: no NaN if none is present
+    labels = labels.flatten().long()
+    label = labels.clamp(max=len(present) - 1)  # any valid index where the label is 255
+    chosen = (labels < len(present)) & present[label]  # (hw,): Ω
+    picked = log_p.gather(0, label[None])[0]  # (hw,)
+    return -(picked * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+class PrototypeEMA(nn.Module):
+    """μ(c) <- λ μ(c) + (1-λ) p(c) for the classes present; the first sight of a class initialises it.
+
+    Buffers: mean (C,D) and seen (C,) bool. They move with .to() and live in the checkpoint.
+    """
+
+    def __init__(self, num_classes: int, dim: int, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(num_classes, dim))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, prototypes: Tensor, present: Tensor):
+        """prototypes (C,D), present (C,) bool."""
+        moved = torch.where(self.seen[:, None], torch.lerp(prototypes, self.mean, self.momentum), prototypes)
+        self.mean.copy_(torch.where(present[:, None], moved, self.mean))
+        self.seen |= present
+
+
+def calibrate(source_prototypes: Tensor, present: Tensor, ema_source: PrototypeEMA, ema_target: PrototypeEMA) -> Tensor:
+    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c), 0 while either is unseen.
+
+    source_prototypes (C,D), present (C,) -> (C,D); a class that is not present stays zero.
+    """
+    known = (ema_source.seen & ema_target.seen & present)[:, None]
+    return torch.where(known, source_prototypes + ema_target.mean - ema_source.mean, source_prototypes)
+
+
+@torch.no_grad()
+def dynamic_labels(features: Tensor, prototypes: Tensor, present: Tensor, tau: float) -> Tensor:
+    """y_D(p) = argmax_c s(f_T(p), p_{S→T}(c)) over the present classes if that similarity is > τ, else 255.
+
+    features (D,h,w), prototypes (C,D), present (C,) -> (h,w) int64.
+    """
+    similarity, label = similarities(features, prototypes).masked_fill(~present[:, None], -2).max(0)  # (hw,)
+    return torch.where(similarity > max(tau, -1.5), label, IGNORE).view(features.shape[1:])
+
+
+def hybrid_labels(static: Tensor, dynamic: Tensor) -> Tensor:
+    """y_T = y_F where the static label y_F exists, else the dynamic label y_D: two (h,w) integer maps to one (int64)."""
+    return torch.where(static != IGNORE, static.long(), dynamic.long())
+
+
+BINS = 65_536  # of the confidence histograms; confidences are kept as 16-bit PNGs between counting and cutting
+
+
+def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
+    """Confidence of each class above which the top `ratio` of its pixels lie.
+
+    histogram (C,bins): pixels predicted as class c by confidence, bin b = [b, b+1) / bins -> thresholds (C,) float64 in
+    [0, 1], the lower edge of the highest bin b such that the bins from b up hold at least ratio of the class's pixels.
+    A class without a pixel gets 1.
+    """
+    bins = histogram.shape[1]
+    from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (C, bins): pixels in bin b and above
+    enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # from_top falls with b, so this counts b = 0 .. the one sought
+    threshold = (enough - 1).double() / bins
+    return torch.where(from_top[:, 0] > 0, threshold, torch.ones_like(threshold))
+
+
+def entropy_loss(logits: Tensor) -> Tensor:
+    """Mean over pixels of -Σ_c P log P / log C: logits (B,C,H,W) -> a scalar in [0, 1]."""
+    return self_information(logits).sum(1).mean()
+
+
+def downsample(labels: Tensor, like: Tensor) -> Tensor:
+    """Labels (B,H,W) picked at the positions of a map (..,h,w), nearest-exact -> (B,h,w)."""
+    return F.interpolate(labels[:, None].float(), like.shape[-2:], mode="nearest-exact")[:, 0].long()
+
+
+def batch_mean(prototypes: list) -> tuple:
+    """What the EMA is fed: [(prototypes (C,D), present (C,))] of the images to their mean over the images with the class."""
+    present = torch.stack([present for _, present in prototypes])  # (B, C)
+    total = sum(p.detach() * here[:, None] for p, here in prototypes)  # (C, D)
+    return total / present.sum(0).clamp(min=1)[:, None], present.any(0)
+
+
+# ---------------------------------------------------------------- static labels
+
+
+def choose_static(prediction: Tensor, bins: Tensor, threshold_bins: Tensor, ratio: float) -> Tensor:
+    """y_F: the prediction where its confidence is in the top ratio of its class over the whole set, or of this image.
+
+    prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, threshold_bins (C,) -> (H,W) int64 with 255.
+    """
+    top = max(1, math.ceil(ratio * bins.numel()))
+    own = bins.flatten().float().topk(top).values[-1] if ratio > 0 else BINS  # least of the image's own top r
+    keep = (bins >= threshold_bins[prediction.long()]) | (bins >= own)
+    return torch.where(keep, prediction.long(), IGNORE)
+
+
+@torch.no_grad()
+def predict(G, image: Tensor, out_size: tuple) -> tuple:
+    """Eval-mode prediction of one image (3,H,W) uint8: (label (H,W) uint8, confidence bins (H,W) int64) at out_size (W,H)."""
+    logits = G(common.normalize(image[None])).main
+    best = [block[0].softmax(0).max(0) for _, block in common.upsample_blocks(logits, out_size)]
+    confidence, label = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+    return label.to(torch.uint8), (confidence.double() * BINS).long().clamp(max=BINS - 1)
+
+
+@torch.no_grad()
+def make_static_labels(args, G, images: dict, folder: Path, device) -> Tensor:
+    """Write <folder>/labels/<name>.png and <folder>/colour/<name>.png for every target image; thresholds (C,) in [0, 1].
+
+    One pass of the network fills the histograms and leaves prediction and confidence on disk; a second pass over those
+    files cuts at the thresholds. Memory does not grow with the number of images.
+    """
+    G.eval()
+    C, palette, draft = args.num_classes, common.palette_for(args.num_classes), folder / "draft"
+    histogram = torch.zeros(C * BINS, dtype=torch.int64, device=device)
+    dataset = common.Images(images, args.target_size)
+    for item in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers):
+        label, bins = predict(G, item["image"].to(device), args.target_size)
+        histogram += torch.bincount((label.long() * BINS + bins).flatten(), minlength=C * BINS)
+        common.write_png(draft / f"{item['name']}.label.png", label.cpu().numpy())
+        common.write_png(draft / f"{item['name']}.bins.png", bins.cpu().numpy().astype(np.uint16))
+    thresholds = class_thresholds(histogram.view(C, BINS), args.static_ratio).cpu()
+    for name in images:
+        label, bins = (torch.from_numpy(np.array(Image.open(draft / f"{name}.{kind}.png")).astype(np.int64)) for kind in ("label", "bins"))
+        static = choose_static(label, bins, thresholds * BINS, args.static_ratio).to(torch.uint8).numpy()
+        common.write_png(folder / "labels" / f"{name}.png", static)
+        common.write_png(folder / "colour" / f"{name}.png", static, palette)
+    shutil.rmtree(draft)
+    common.write_text(folder / "thresholds.json", json.dumps(thresholds.tolist()))  # last: says that the labels are whole
+    return thresholds
+
+
+@torch.no_grad()
+def label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device) -> dict:
+    """Coverage and accuracy in percent of static, dynamic and hybrid labels on the *val* images, each paired with a
+    source image: {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
+
+    Coverage is the share of labelled pixels (per class: of the class's true pixels), accuracy the share of right ones
+    among the labelled (per class: among those given that label); 255 in the ground truth is left out. Features are taken
+    in training mode, as in training; the running statistics that this moves are put back.
+    """
+    C, backup = args.num_classes, {name: b.clone() for name, b in G.named_buffers()}
+    counts = {kind: torch.zeros(C, C + 1, dtype=torch.int64, device=device) for kind in ("static", "dynamic", "hybrid")}
+    for i in range(len(validation)):
+        item, pair = validation[i], source[i, i * 7919 % len(source)]  # a fixed, well mixed partner
+        truth = item["label"].to(device)
+        G.eval()
+        label, bins = predict(G, item["image"].to(device), args.target_size)
+        static = choose_static(label, bins, (thresholds * BINS).to(device), args.static_ratio)
+        common.set_mode(G, args.bn)
+        S = G(common.normalize(pair["image"][None].to(device))).features
+        T = G(common.normalize(item["image"][None].to(device))).features
+        p_s, present = class_prototypes(S[0], downsample(pair["label"][None].to(device), S)[0], C)
+        calibrated = calibrate(p_s, present, ema_source, ema_target) if args.calibrate else p_s
+        dynamic = dynamic_labels(T[0], calibrated, present, args.tau)
+
+        static, dynamic = (downsample(y[None], truth)[0] for y in (static, dynamic))
+        for kind, y in (("static", static), ("dynamic", dynamic), ("hybrid", hybrid_labels(static, dynamic))):
+            pairs = truth.long() * (C + 1) + y.clamp(max=C)  # column C: no label
+            counts[kind] += torch.bincount(pairs[truth < C], minlength=C * (C + 1)).view(C, C + 1)
+        for name, b in G.named_buffers():
+            b.copy_(backup[name])
+
+    def percent(part, whole):
+        return [None if w == 0 else 100 * p / w for p, w in zip(part.flatten().tolist(), whole.flatten().tolist())]
+
+    result = {}
+    for kind, table in counts.items():
+        labelled, right = table[:, :C], table.diagonal()
+        result[kind] = {
+            "coverage": percent(labelled.sum(), table.sum())[0], "accuracy": percent(right.sum(), labelled.sum())[0],
+            "coverage_per_class": percent(labelled.sum(1), table.sum(1)), "accuracy_per_class": percent(right, labelled.sum(0)),
+        }  # fmt: skip
+    return result
+
+
+# ---------------------------------------------------------------- training
+
+
+def augment(short_side: int, scales: tuple, crop: int, flip: bool):
+    """transform(image, label or None, rng): scale, crop at random, mirror. Draws depend on rng alone."""
+
+    def transform(image, label, rng):
+        short = max(crop, round(short_side * scales[rng.integers(len(scales))]))
+        full = tuple(max(crop, round(side * short / min(image.size))) for side in image.size)
+        x, y = (int(rng.integers(side - crop + 1)) for side in full)
+        mirror = rng.random() < 0.5
+        parts = []
+        for part, kind in ((image, "image"), (label, "label")):
+            if part is not None:
+                part = common.resize(part, full, kind).crop((x, y, x + crop, y + crop))
+                parts.append(part.transpose(Image.FLIP_LEFT_RIGHT) if flip and mirror else part)
+        return parts if label is not None else (parts[0], None)
+
+    return transform
+
+
+def build(args, initial, device):
+    """(G without the auxiliary head, its optimizer, WeightReport)."""
+    common.seed_everything(args.seed)
+    G = common.DeepLabV2(args.num_classes, args.layers, args.width, aux=False)
+    report = common.load_weights(G, initial) if initial is not None else "random initial weights"
+    G.to(device)
+    groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
+    return G, torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=5e-4), report
+
+
+def train(args, name: str, folder: Path, source_pairs: dict, target_images, validation, initial, rounds: int, iters: int, base_lr: float):
+    """`rounds` rounds of `iters` iterations into `folder`. target_images None: source-only cross-entropy (the warm-up).
+
+    Returns the scores of the last evaluation.
+    """
+    device, warmup, C = common.choose_device(args.device), target_images is None, args.num_classes
+    G, optimizer, report = build(args, initial, device)
+    ema_source, ema_target = (PrototypeEMA(C, 32 * args.width, args.momentum).to(device) for _ in range(2))
+    config, total = training_config(args, name, rounds, iters, base_lr), rounds * iters
+    start, best, result = 0, -1.0, None
+    state = common.resume_state(folder, config, total, args.resume, args.overwrite)
+    if state:
+        start, best, result = state["iter"], state["best"], state["scores"]
+        if start >= total:
+            print(f"{name}: already trained, {folder / 'last.pth'}")
+            return result
+        G.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema_source.load_state_dict(state["ema_source"])
+        ema_target.load_state_dict(state["ema_target"])
+    log = common.RunLog(folder / "log.jsonl", {"event": "start", "stage": name, "weights": str(report), "args": vars(args)}, start)
+    print(f"{name}: {len(source_pairs)} source images, {0 if warmup else len(target_images)} target images, {report}")
+    short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
+    transform = augment(short_side, args.scales, crop, args.flip)
+    source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
+
+    clock, waited = time.perf_counter(), 0.0
+    for it in range(start, total):
+        round_, step = divmod(it, iters)
+        if it == start or step == 0:  # a new round, or the one to be gone on with
+            stop = (round_ + 1) * iters
+            source_batches = common.training_batches(source, args.batch_size, args.seed, it, stop, args.workers, device)
+            if not warmup:
+                labels_folder = folder / f"round{round_}"
+                if step == 0:
+                    thresholds = make_static_labels(args, G, target_images, labels_folder, device)
+                    if validation:
+                        statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device)
+                        log.write(iter=it, event="labels", round=round_, thresholds=thresholds.tolist(), **statistics)
+                        text = "  ".join(f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
+                        log.show(f"round {round_}: labels on val: {text}", True)
+                static_pairs = {n: (image, labels_folder / "labels" / f"{n}.png") for n, image in target_images.items()}
+                target = common.Labelled(static_pairs, "folder", C, transform=transform, seed=args.seed + 1)
+                target_batches = common.training_batches(target, args.batch_size, args.seed + 1, it, stop, args.workers, device)
+            common.set_mode(G, args.bn)
+        lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        waiting = time.perf_counter()
+        source_batch = next(source_batches)
+        target_batch = None if warmup else next(target_batches)
+        waited += time.perf_counter() - waiting
+
+        # -------- source: features f_S (B,D,h,w), logits (B,C,H,W), ground truth y_S
+        y_source_full = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
+        S = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
+        source_logits = upsample(S.main, *y_source_full.shape[1:])
+        loss_ce_source = segmentation_loss(source_logits, y_source_full)
+        loss, terms = loss_ce_source, {"loss_ce_source": loss_ce_source}
+        if not warmup:
+            static_full = target_batch["label"].to(device, non_blocking=True).long()  # (B, H, W), y_F
+            T = G(common.normalize(target_batch["image"].to(device, non_blocking=True)))
+            target_logits = upsample(T.main, *static_full.shape[1:])
+            y_source, static = downsample(y_source_full, S.main), downsample(static_full, T.main)  # (B, h, w)
+            pairs = range(len(static))
+
+            # -------- p_S -> μ_S -> ξ, p_{S→T} -> y_D -> y_T -> p_T -> μ_T, per pair of a source and a target image
+            source_prototypes = [class_prototypes(S.features[b], y_source[b], C) for b in pairs]
+            ema_source.update(*batch_mean(source_prototypes))
+            y_target, y_target_full = static, static_full
+            if args.labels != "static":
+                dynamic = []
+                for b in pairs:
+                    prototypes, present = source_prototypes[b]
+                    if args.calibrate:
+                        prototypes = calibrate(prototypes, present, ema_source, ema_target)
+                    dynamic.append(dynamic_labels(T.features[b], prototypes, present, args.tau))
+                y_target = torch.stack(dynamic)  # (B, h, w), y_D
+                y_target_full = downsample(y_target, static_full)  # enlarged to (B, H, W)
+                if args.labels == "hybrid":
+                    y_target, y_target_full = hybrid_labels(static, y_target), hybrid_labels(static_full, y_target_full)
+            target_prototypes = [class_prototypes(T.features[b], y_target[b], C) for b in pairs]
+            ema_target.update(*batch_mean(target_prototypes))
+
+            # -------- L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
+            loss_ce_target = segmentation_loss(target_logits, y_target_full)
+            loss_ent_source, loss_ent_target = entropy_loss(source_logits), entropy_loss(target_logits)
+            loss_fcl = sum(contrastive_loss(T.features[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs) / len(pairs)
+            loss_bcl = sum(contrastive_loss(S.features[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs) / len(pairs)
+            loss = (
+                args.lambda_ce * (loss_ce_source + args.target_weight * loss_ce_target)
+                + args.lambda_ent * (loss_ent_source + args.target_weight * loss_ent_target)
+                + args.lambda_fcl * loss_fcl
+                + args.lambda_bcl * loss_bcl
+            )
+            terms.update(loss_ce_target=loss_ce_target, loss_ent_source=loss_ent_source, loss_ent_target=loss_ent_target, loss_fcl=loss_fcl, loss_bcl=loss_bcl)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        # -------- end of the method; everything below reports and saves
+
+        done = it + 1
+        if done % args.log_every == 0 or done == total:
+            terms = {key: value.item() for key, value in {**terms, "loss": loss}.items()}
+            common.refuse_non_finite(terms, done, source_batch["name"] + ([] if warmup else target_batch["name"]))
+            seconds, steps = time.perf_counter() - clock, min((done - 1) % args.log_every + 1, done - start)
+            rate = steps / seconds
+            log.write(iter=done, round=round_, **terms, lr=lr, seconds=seconds, data_seconds=waited, it_per_s=rate)
+            losses = "  ".join(f"{key[5:]} {value:.3f}" for key, value in terms.items() if key != "loss")
+            log.show(f"{name} {done}/{total}  {losses}  {rate:.2f} it/s  {(total - done) / rate / 60:.1f} min left", done == total)
+            clock, waited = time.perf_counter(), 0.0
+        evaluating = validation and (done == total or (args.eval_every and done % args.eval_every == 0))
+        if evaluating:
+            outcome = common.evaluate([G], validation, device, args.workers)
+            common.set_mode(G, args.bn)
+            result = {key: value for key, value in outcome.items() if key != "confusion"}
+            log.write(iter=done, event="evaluation", **result)
+            mean = result[f"miou{C}"]
+            log.show(f"{name} {done}/{total}  mIoU {mean:.1f} on {result['images']} validation images", True)
+            if mean > best:
+                best = mean
+                common.save_checkpoint(folder / "best.pth", G, iter=done, scores=result, oracle=True)
+            clock = time.perf_counter()
+        if evaluating or step + 1 == iters or done % args.save_every == 0:
+            common.save_checkpoint(
+                folder / "last.pth", G, optimizer=optimizer.state_dict(), ema_source=ema_source.state_dict(), ema_target=ema_target.state_dict(),
+                iter=done, best=best, scores=result, config=config,
+            )  # fmt: skip
+    log.close()
+    return result
+
+
+# ---------------------------------------------------------------- main
+
+
+def main():
+    args = parse_args()
+    common.choose_device(args.device)
+    if args.demo:
+        print("Demo: built-in street scenes, a small network and a short schedule. For real data: --data-root DIR (see README).")
+        args.data_root = common.demo_scenes(args.source)
+    target_root = common.dataset_root(args.target, args.data_root, args.target_root)
+    target_images = common.list_images(args.target, target_root, "train")
+    validation = common.validation_set(args.target, target_root, args.num_classes, args.target_size)
+    source_root = common.dataset_root(args.source, args.data_root, args.source_root)
+    source_pairs, columns = common.list_pairs(args.source, source_root), {}
+    weights = {"none": None, "imagenet": "imagenet"}.get(args.init, args.init)
+    weights = common.imagenet_weights() if weights == "imagenet" else weights
+    if args.warmup_iters:
+        warmup = args.out / "warmup"
+        columns["warm-up"] = train(args, "warmup", warmup, source_pairs, None, validation, weights, 1, args.warmup_iters, args.warmup_lr)
+        weights = warmup / "last.pth"
+    columns["BCL"] = train(args, "bcl", args.out, source_pairs, target_images, validation, weights, args.rounds, args.round_iters, args.lr)
+    columns = {name: result for name, result in columns.items() if result}
+    if columns:
+        print(f"\nIoU in percent on {columns['BCL']['images']} validation images, last checkpoints:")
+        print(common.score_table(columns))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,1165 @@
+"""What both methods share: class tables, DeepLab-V2, weight files, dataset readers, evaluation, checkpoints, log, scenes.
+
+No losses, no training loop and no argument parsing live here: those are the methods, and each method is one file.
+Conventions: sizes are (W, H); tensors are (B, C, H, W); labels are trainIds 0..C-1 with 255 = ignore; images travel as
+uint8 RGB and become float BGR minus the mean in `normalize`, on the device.
+
+Contents   1 errors and files   2 classes   3 network   4 weight files   5 readers   6 sampling
+           7 evaluation         8 runs: device, processes, checkpoints, log   9 built-in street scenes
+"""
+
+import colorsys
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.models.resnet import Bottleneck
+
+# ---------------------------------------------------------------- 1 errors and files
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that names the file or flag and what to do."""
+
+    def __init__(self, message: str):
+        # A DataLoader worker hands an exception on inside its printed traceback; the sentence is that text's last line.
+        super().__init__(message.rstrip().splitlines()[-1].split("UserError: ")[-1])
+
+
+def run(main):
+    """Call a script's main(); a UserError becomes one line on stderr and exit status 2, an interrupt 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(print("error: out of GPU memory: lower --batch-size or the image sizes", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open `path` for binary writing; the file appears whole or not at all (temporary file, fsync, rename)."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another folder")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_png(path, array: np.ndarray, palette=None):
+    """(H,W) uint8 labels, in colour if a palette (C,3) is given, or an (H,W,3) uint8 image, as PNG."""
+    image = Image.fromarray(array)
+    if palette is not None:  # trainId PNGs stay readable as numbers: the palette only changes how they look
+        image.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).astype(np.uint8).tobytes())
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
+
+
+# ---------------------------------------------------------------- 2 classes
+
+IGNORE = 255
+#     class            Cityscapes id  SYNTHIA id  colour           (Cityscapes ids are also those of GTA5 and Synscapes)
+_TABLE = (
+    ("road",            7,   3, (128, 64, 128)),
+    ("sidewalk",        8,   4, (244, 35, 232)),
+    ("building",       11,   2, (70, 70, 70)),
+    ("wall",           12,  21, (102, 102, 156)),
+    ("fence",          13,   5, (190, 153, 153)),
+    ("pole",           17,   7, (153, 153, 153)),
+    ("traffic light",  19,  15, (250, 170, 30)),
+    ("traffic sign",   20,   9, (220, 220, 0)),
+    ("vegetation",     21,   6, (107, 142, 35)),
+    ("terrain",        22,  16, (152, 251, 152)),
+    ("sky",            23,   1, (70, 130, 180)),
+    ("person",         24,  10, (220, 20, 60)),
+    ("rider",          25,  17, (255, 0, 0)),
+    ("car",            26,   8, (0, 0, 142)),
+    ("truck",          27,  18, (0, 0, 70)),
+    ("bus",            28,  19, (0, 60, 100)),
+    ("train",          31,  20, (0, 80, 100)),
+    ("motorcycle",     32,  12, (0, 0, 230)),
+    ("bicycle",        33,  11, (119, 11, 32)),
+)  # fmt: skip
+CLASSES = tuple(row[0] for row in _TABLE)
+CITYSCAPES_IDS = tuple(row[1] for row in _TABLE)
+SYNTHIA_IDS = tuple(row[2] for row in _TABLE)
+PALETTE = np.array([row[3] for row in _TABLE], dtype=np.uint8)
+SUBSET_16 = tuple(c for c in range(19) if c not in (9, 14, 16))  # SYNTHIA has no terrain, truck and train
+SUBSET_13 = tuple(c for c in SUBSET_16 if c not in (3, 4, 5))  # and is also reported without wall, fence and pole
+
+
+def palette_for(num_classes: int) -> np.ndarray:
+    """(num_classes, 3) uint8 colours: the Cityscapes palette for up to 19 classes, well spread fixed ones beyond."""
+    extra = np.random.default_rng(0).integers(30, 256, (max(0, num_classes - 19), 3), dtype=np.uint8)
+    return np.concatenate([PALETTE, extra])[:num_classes]
+
+
+def class_names(num_classes: int) -> tuple:
+    return CLASSES if num_classes == 19 else tuple(str(c) for c in range(num_classes))
+
+
+def trainid_table(ids) -> np.ndarray:
+    """256-entry uint8 table from a dataset's label id to trainId; every id that is not listed maps to 255."""
+    table = np.full(256, IGNORE, dtype=np.uint8)
+    table[list(ids)] = np.arange(len(ids), dtype=np.uint8)
+    return table
+
+
+# ---------------------------------------------------------------- 3 network
+
+MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 RGB (B,3,H,W) to the network's input: float32 BGR 0..255 minus the mean, no division."""
+    return images.flip(1).float() - torch.tensor(MEAN_BGR, device=images.device).view(1, 3, 1, 1)
+
+
+class Prediction(NamedTuple):
+    main: Tensor  # (B, C, h, w) logits of layer6, at stride 8
+    aux: Tensor  # (B, C, h, w) logits of layer5, or None for a network without the auxiliary head
+    features: Tensor  # (B, D, h, w) encoder output (layer4), D = 32 * width: 2048 in the papers
+
+
+class AtrousHead(nn.Module):
+    """Four parallel 3x3 convolutions with dilation 6, 12, 18, 24, summed: (B,D,h,w) features to (B,C,h,w) logits."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.conv2d_list = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24))
+        for conv in self.conv2d_list:
+            nn.init.normal_(conv.weight, std=0.01)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return sum(conv(features) for conv in self.conv2d_list)
+
+
+class DeepLabV2(nn.Module):
+    """DeepLab-V2 on a Caffe-style dilated ResNet: images (B,3,H,W) from `normalize` to a `Prediction` at stride 8.
+
+    layers and width are blocks per stage and channels of the stem: (3,4,23,3) and 64 make the papers' ResNet-101, whose
+    published checkpoints load by name. aux=False leaves out layer5, the auxiliary head on layer3. BatchNorm's affine
+    parameters are frozen; its statistics are not (see `set_mode`). A 1024x512 image gives a 129x65 map.
+    """
+
+    def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux: bool = True):
+        super().__init__()
+        self.num_classes, self.layers, self.width = num_classes, tuple(layers), width
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        channels = width
+        for i, (stride, dilation) in enumerate(((1, 1), (2, 1), (1, 2), (1, 4))):
+            stage, planes = [], width * 2**i
+            for b in range(layers[i]):
+                shortcut = None
+                if b == 0:
+                    conv = nn.Conv2d(channels, 4 * planes, 1, stride=stride, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(4 * planes))
+                block = Bottleneck(channels, planes, downsample=shortcut, dilation=dilation)
+                if b == 0:
+                    block.conv1.stride = (stride, stride)  # Caffe strides on the 1x1; torchvision would on the 3x3
+                stage.append(block)
+                channels = 4 * planes
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        self.layer5 = AtrousHead(channels // 2, num_classes) if aux else None
+        self.layer6 = AtrousHead(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Prediction:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
+        middle = self.layer3(self.layer2(self.layer1(x)))  # (B, 16*width, H/8, W/8)
+        features = self.layer4(middle)  # (B, 32*width, H/8, W/8)
+        return Prediction(self.layer6(features), self.layer5(middle) if self.layer5 else None, features)
+
+    def parameter_groups(self, backbone_mult: float, head_mult: float) -> list:
+        """Optimizer groups, each parameter exactly once, with the factor on the learning rate under "lr_mult"."""
+        trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        heads = [p for name, p in trainable.items() if name.startswith(("layer5.", "layer6."))]
+        trunk = [p for name, p in trainable.items() if not name.startswith(("layer5.", "layer6."))]
+        assert len({id(p) for p in trunk + heads}) == len(trunk) + len(heads) == len(trainable)
+        return [{"params": trunk, "lr_mult": backbone_mult}, {"params": heads, "lr_mult": head_mult}]
+
+
+def set_mode(model: nn.Module, bn: str):
+    """Training mode. bn="batch" (both papers): BatchNorm uses batch statistics and moves its running ones, even at
+    batch size 1. bn="running": it normalises by the running statistics, which stay as they are."""
+    model.train()
+    for module in model.modules():
+        if bn == "running" and isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def upsample_blocks(logits: Tensor, size: tuple, rows: int = 0):
+    """Bilinear align_corners=True upsampling of logits (B,C,h,w) to size (W,H), in blocks of output rows.
+
+    Yields (first row, (B, C, rows, W)). rows=0 chooses: on the CPU few enough rows to stay in cache, so that the full
+    (C, H, W) map never exists; on CUDA all rows at once.
+    """
+    (width, height), h = size, logits.shape[2]
+    rows = rows or (height if logits.is_cuda else 16)
+    # Output row i of H reads input row i(h-1)/(H-1) of h: mix the two neighbours here, leave x to F.interpolate.
+    position = torch.arange(height, dtype=torch.float64) * ((h - 1) / max(height - 1, 1))
+    above = position.long().clamp(max=max(h - 2, 0))
+    below = (above + 1).clamp(max=h - 1)
+    weight = (position - above).to(logits.device, logits.dtype).view(-1, 1)
+    above, below = above.to(logits.device), below.to(logits.device)
+    for first in range(0, height, rows):
+        part = slice(first, first + rows)
+        lines = torch.lerp(logits[:, :, above[part]], logits[:, :, below[part]], weight[part])  # (B, C, rows, w)
+        yield first, F.interpolate(lines, (lines.shape[2], width), mode="bilinear", align_corners=True)
+
+
+# ---------------------------------------------------------------- 4 weight files
+
+
+class WeightReport(NamedTuple):
+    kind: str
+    loaded: list  # names of the tensors taken from the file
+    skipped: list  # names in the file that this network has no use for
+    initialised: list  # names in the network that keep their initial value
+
+    def __str__(self):
+        def count(names):
+            return f"{len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
+
+        return f"{self.kind}: {len(self.loaded)} tensors loaded, skipped {count(self.skipped)}, kept initial {count(self.initialised)}"
+
+
+def read_checkpoint(path) -> dict:
+    """The dict of tensors and plain values in a .pth file. Code in a file is never run (weights_only)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}: check the path")
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a file of plain tensors (loading it would run code, or it is no checkpoint): refused")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeError) as error:
+        raise UserError(f"{path} is truncated or not a checkpoint ({type(error).__name__}): download or train it again")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: bring a checkpoint of a DeepLab-V2")
+    return content
+
+
+def parse_weights(content: dict, path="weights") -> tuple:
+    """(kind, state dict under our names, skipped names) of any of the six kinds of file, told apart by content."""
+    for key in ("model", "state_dict"):
+        while isinstance(content.get(key), dict):
+            ours = content.get("format") == FORMAT
+            content = content[key]
+            if ours:
+                return "our checkpoint", dict(content), []
+    state = {}
+    for name, value in content.items():
+        while str(name).startswith(("module.", "_orig_mod.")):
+            name = name.split(".", 1)[1]
+        if isinstance(value, Tensor):
+            state[str(name)] = value
+    if not state:
+        raise UserError(f"{path} holds no tensors: bring a checkpoint of a DeepLab-V2")
+
+    def split(drop):  # -> (kept, names of the dropped)
+        return {k: v for k, v in state.items() if not drop(k)}, [k for k in state if drop(k)]
+
+    def head_channels(layer):
+        weight = state.get(f"{layer}.conv2d_list.0.weight")
+        return None if weight is None or weight.dim() != 4 else weight.shape[1]
+
+    if all(name.startswith("Scale.") for name in state):
+        kept, skipped = split(lambda k: k.startswith("Scale.layer5."))
+        return "initial weights (Scale.*)", {k[6:]: v for k, v in kept.items()}, skipped
+    if "fc.weight" in state:
+        kept, skipped = split(lambda k: k.startswith("fc."))
+        # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means agree to one grey level.
+        std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+        kept["conv1.weight"] = (kept["conv1.weight"] / (255 * std)).flip(1)
+        return "torchvision ResNet", kept, skipped
+    if any(name.startswith("target_conv1.") for name in state):
+        stem = {k[7:]: v for k, v in state.items() if k.startswith("target_")}
+        kept, skipped = split(lambda k: k.startswith(("target_", "layer6.")) or k in stem)
+        skipped = [k for k in skipped if not k.startswith("target_")]
+        return "BCL release", _layer5_is_main({**kept, **stem}), skipped
+    if head_channels("layer6") is None and head_channels("layer5"):
+        return "single-level DeepLab", _layer5_is_main(state), []
+    if head_channels("layer6") and head_channels("layer5") and head_channels("layer6") == 2 * head_channels("layer5"):
+        return "AdvEnt / IntraDA", state, []
+    raise UserError(f"{path} is no weight file this project knows (first key: {next(iter(state))}): see README, weights")
+
+
+def _layer5_is_main(state: dict) -> dict:
+    return {k.replace("layer5.", "layer6.", 1) if k.startswith("layer5.") else k: v for k, v in state.items()}
+
+
+def load_weights(model: DeepLabV2, source) -> WeightReport:
+    """Load a weight file (a path, or its content as a dict) into the network; says what was loaded, skipped and kept.
+
+    Checkpoints with heads must fit exactly; initial weights (Scale.*, torchvision) leave the heads as initialised.
+    Raises UserError if the file is unreadable, of another architecture or class count, or leaves the trunk unloaded.
+    """
+    path = "weights" if isinstance(source, dict) else source
+    kind, state, skipped = parse_weights(source if isinstance(source, dict) else read_checkpoint(source), path)
+    own = model.state_dict()
+    for name in [n for n in state if n.startswith("layer5.") and model.layer5 is None]:
+        skipped.append(name)
+        del state[name]
+    heads_missing = tuple(h for h in ("layer5.", "layer6.") if not any(n.startswith(h) for n in state))
+    if kind in ("our checkpoint", "AdvEnt / IntraDA") and model.layer5 is not None and kind != "our checkpoint":
+        heads_missing = ()
+    kept = [n for n in own if n not in state and (n.startswith(heads_missing or "-") or n.endswith("num_batches_tracked"))]
+    missing = [n for n in own if n not in state and n not in kept]
+    unknown = [n for n in state if n not in own]
+    wrong = [n for n in state if n in own and state[n].shape != own[n].shape]
+    if missing or unknown or wrong:
+        name = (wrong or missing or unknown)[0]
+        found = f"{tuple(state[name].shape)}" if name in state else "nothing"
+        wanted = f"{tuple(own[name].shape)}" if name in own else "nothing"
+        raise UserError(
+            f"{path} ({kind}) does not fit the network: {name} is {found} in the file and {wanted} here;"
+            f" check --num-classes ({model.num_classes}), --layers {model.layers} and --width ({model.width})"
+        )
+    model.load_state_dict({**{n: own[n] for n in kept}, **state})
+    return WeightReport(kind, list(state), skipped, [n for n in kept if not n.endswith("num_batches_tracked")])
+
+
+def build_model(path) -> tuple:
+    """(DeepLabV2, WeightReport) for a checkpoint with trained heads: its architecture is read off its tensors."""
+    content = read_checkpoint(path)
+    _, state, _ = parse_weights(content, path)
+    try:
+        layers = [1 + max(int(n.split(".")[1]) for n in state if n.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
+        num_classes, width = state["layer6.conv2d_list.0.bias"].shape[0], state["conv1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{path} has no trained classifier (layer6): evaluate a checkpoint, not initial weights")
+    model = DeepLabV2(num_classes, layers, width, aux=any(n.startswith("layer5.") for n in state))
+    return model, load_weights(model, content)
+
+
+def imagenet_weights() -> dict:
+    """torchvision's ImageNet state dict of ResNet-101, fetched through torchvision (and cached by it)."""
+    weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise UserError(
+            f"cannot fetch ImageNet weights ({error}): put {weights.url.split('/')[-1]} into {folder}, or name a file with --init FILE"
+        )
+
+
+# ---------------------------------------------------------------- 5 readers
+
+
+class Layout(NamedTuple):
+    roots: tuple  # names of the dataset's folder under --data-root
+    images: str  # below the root; {split} is train or val
+    labels: str
+    image_suffix: tuple
+    label_suffix: str
+    ids: tuple  # label id of every trainId
+
+
+LAYOUTS = {
+    "gta5": Layout(("GTA5",), "images", "labels", (".png",), ".png", CITYSCAPES_IDS),
+    "synthia": Layout(("SYNTHIA", "RAND_CITYSCAPES"), "RGB", "GT/LABELS", (".png",), ".png", SYNTHIA_IDS),
+    "synscapes": Layout(("Synscapes",), "img/rgb", "img/class", (".png",), ".png", CITYSCAPES_IDS),
+    "cityscapes": Layout(("Cityscapes",), "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png", CITYSCAPES_IDS),
+    "folder": Layout(("",), "images", "labels", (".png", ".jpg", ".jpeg"), ".png", tuple(range(255))),
+}  # fmt: skip
+
+
+def dataset_root(kind: str, data_root, override=None) -> Path:
+    """Where a dataset lies: `override` (--source-root, --target-root) or its usual folder under --data-root."""
+    names = LAYOUTS[kind].roots
+    candidates = [Path(override)] if override else [Path(data_root or ".") / name for name in names]
+    found = next((c for c in candidates if c.is_dir()), None)
+    if found is None:
+        raise UserError(f"no {kind} data at {candidates[0]}: check --data-root, or --source-root / --target-root")
+    return found / "RAND_CITYSCAPES" if kind == "synthia" and (found / "RAND_CITYSCAPES").is_dir() else found
+
+
+def _files(folder: Path, suffixes, kind: str) -> dict:
+    """{name below the folder without suffix: path}, numbers in numeric order. Accepts a nested images/images."""
+    if (folder / folder.name).is_dir():
+        folder = folder / folder.name
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder} for {kind}: check the dataset's root and that the archive is unpacked")
+    found = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
+            if suffix and not name.startswith("."):
+                found[Path(parent, name[: -len(suffix)]).relative_to(folder).as_posix()] = Path(parent, name)
+
+    def natural(key):
+        head, _, tail = key.rpartition("/")
+        return (head, int(tail) if tail.isdigit() else -1, tail)
+
+    if not found:
+        raise UserError(f"no *{suffixes[0]} files in {folder}: check the dataset's root")
+    return {key: found[key] for key in sorted(found, key=natural)}
+
+
+def _split_folder(root: Path, kind: str, which: str, split: str) -> Path:
+    folder = root / which.format(split=split)
+    return folder / split if kind == "folder" and (root / "images" / split).is_dir() else folder
+
+
+def list_images(kind: str, root, split: str = "train") -> dict:
+    """{name: image path} of a dataset, in order. Knows nothing of labels: the target reader is built from this."""
+    layout = LAYOUTS[kind]
+    return _files(_split_folder(Path(root), kind, layout.images, split), layout.image_suffix, kind)
+
+
+def list_pairs(kind: str, root, split: str = "train") -> dict:
+    """{name: (image path, label path)} of a dataset; images without a label, or labels without an image, are refused."""
+    layout, images = LAYOUTS[kind], list_images(kind, root, split)
+    folder = _split_folder(Path(root), kind, layout.labels, split)
+    labels = _files(folder, (layout.label_suffix,), kind)
+    lonely = [n for n in images if n not in labels] + [n for n in labels if n not in images]
+    if lonely:
+        raise UserError(
+            f"{len(images)} images but {len(labels)} labels ({folder}): {len(lonely)} without a partner, first"
+            f" {', '.join(lonely[:3])}; complete the download or remove them"
+        )
+    return {name: (images[name], labels[name]) for name in images}
+
+
+def open_image(path) -> Image.Image:
+    """A decoded Pillow image; a UserError that names the file if it is missing, broken or absurdly large."""
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise UserError(f"no image at {path}: check the path")
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} claims absurd dimensions: refused, replace the file")
+    except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
+
+
+def read_image(path) -> Image.Image:
+    return open_image(path).convert("RGB")
+
+
+def read_label(path, kind: str, num_classes: int) -> Image.Image:
+    """A label file as an 8-bit Pillow image of trainIds 0..num_classes-1 and 255."""
+    if kind == "synthia":
+        # 16 bits per channel, class id in R. Pillow keeps the first byte of each big-endian pair, which is 0 for every
+        # class; told that the file is little-endian it keeps the other one. (torchvision reads such files from 0.21 on
+        # and has announced the end of its decoders.)
+        try:
+            image = Image.open(path)
+            if image.tile and str(image.tile[0][3]).startswith("RGB;16"):
+                image.tile = [type(tile)(*(*tile[:3], "RGB;16L")) if hasattr(tile, "_fields") else (*tile[:3], "RGB;16L") for tile in image.tile]
+            else:
+                raise UserError(f"{path} is not a 16-bit SYNTHIA label (mode {image.mode}): bring GT/LABELS as downloaded")
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
+        ids = np.asarray(image)[:, :, 0]
+    else:
+        image = open_image(path)
+        if image.mode not in ("P", "L", "1"):  # for a palette file the index is the id: never convert
+            raise UserError(f"{path} has mode {image.mode}, not one id per pixel: bring label ids, not colours")
+        ids = np.asarray(image).astype(np.uint8)
+    return Image.fromarray(trainid_table(LAYOUTS[kind].ids[:num_classes])[ids])
+
+
+def resize(image: Image.Image, size: tuple, kind: str) -> Image.Image:
+    """To size (W, H), aspect not kept: Pillow's antialiased bicubic for an image, nearest for a label."""
+    return image.resize(size, {"image": Image.BICUBIC, "label": Image.NEAREST}[kind])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Pillow RGB to (3,H,W), Pillow L to (H,W), both uint8."""
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+class Images(Dataset):
+    """Images without labels. It is given image paths and nothing else, so training cannot open a target label.
+
+    An item is {"name", "image": (3,H,W) uint8 RGB}, resized to `size` if given, else through
+    transform(image, None, random generator of (seed, sample position)) if given.
+    """
+
+    def __init__(self, images: dict, size=None, transform=None, seed: int = 0):
+        self.names, self.paths = list(images), list(images.values())
+        self.size, self.transform, self.seed = size, transform, seed
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, key):
+        position, index = key if isinstance(key, tuple) else (0, key)
+        image, label = self.open(index)
+        if self.transform:
+            image, label = self.transform(image, label, np.random.default_rng((self.seed, position)))
+        elif self.size:
+            image = resize(image, self.size, "image")
+            label = label and self.resize_label(label)
+        item = {"name": self.names[index], "image": to_tensor(image)}
+        return item if label is None else {**item, "label": to_tensor(label)}
+
+    def open(self, index):
+        return read_image(self.paths[index]), None
+
+
+class Labelled(Images):
+    """Images with labels of one dataset kind; an item also has "label": (H,W) uint8 trainIds.
+
+    native_labels=True keeps the label at its own size (evaluation), otherwise it is resized like the image.
+    """
+
+    def __init__(self, pairs: dict, kind: str, num_classes: int, size=None, native_labels=False, transform=None, seed: int = 0):
+        super().__init__({name: image for name, (image, _) in pairs.items()}, size, transform, seed)
+        self.label_paths, self.kind = [label for _, label in pairs.values()], kind
+        self.num_classes, self.native_labels = num_classes, native_labels
+
+    def open(self, index):
+        image, path = read_image(self.paths[index]), self.label_paths[index]
+        label = read_label(path, self.kind, self.num_classes)
+        ratio = image.width / image.height * label.height / label.width
+        if not 0.9 < ratio < 1.1:  # GTA5 has pairs of 1914x1052 and 1914x1046; more than that is another picture
+            raise UserError(f"{path} is {label.width}x{label.height} but its image is {image.width}x{image.height}: not its label")
+        return image, label
+
+    def resize_label(self, label):
+        return label if self.native_labels else resize(label, self.size, "label")
+
+
+# ---------------------------------------------------------------- 6 sampling
+
+
+class EndlessSampler(Sampler):
+    """(position, index) pairs: epoch after epoch of seeded permutations of range(length).
+
+    The order depends on (length, seed) alone, not on workers. It can start at any sample position, which makes resuming
+    exact, and of every `group` = batch size x processes positions this process takes `batch` from `offset` on.
+    """
+
+    def __init__(self, length: int, seed: int, start: int, stop: int, batch: int, rank: int = 0, world: int = 1):
+        self.length, self.seed, self.steps, self.batch, self.rank, self.world = length, seed, range(start, stop), batch, rank, world
+
+    def __len__(self):
+        return len(self.steps) * self.batch
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in self.steps:
+            for b in range(self.batch):
+                position = (step * self.world + self.rank) * self.batch + b
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                yield position, int(order[position % self.length])
+
+
+def training_batches(dataset: Dataset, batch: int, seed: int, start: int, stop: int, workers: int, device):
+    """Iterator over the batches of iterations start..stop-1: {"name", "image", ("label")}, a fixed order per seed."""
+    sampler = EndlessSampler(len(dataset), seed, start, stop, batch)
+    return iter(
+        DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    )
+
+
+# ---------------------------------------------------------------- 7 evaluation
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """(C,C) int64 counts of pixels, rows = label, columns = prediction. Both inputs are integer tensors of one shape,
+    predictions in 0..C-1; pixels whose label is not in 0..C-1 (255, ignore) are left out."""
+    labels, predictions = labels.reshape(-1).long(), predictions.reshape(-1).long()
+    valid = (labels >= 0) & (labels < num_classes)
+    pairs = labels[valid] * num_classes + predictions[valid]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def iou(confusion: Tensor) -> Tensor:
+    """(C,) float64 intersection over union in 0..1 from a (C,C) confusion matrix: diag / (row + column - diag).
+    A class without a pixel in labels and predictions is NaN, which the means leave out."""
+    confusion = confusion.double()
+    hit = confusion.diagonal()
+    return hit / (confusion.sum(0) + confusion.sum(1) - hit)
+
+
+def scores(confusion: Tensor) -> dict:
+    """{"miou19", "miou16", "miou13", "iou": {class: value}} in percent; with other than 19 classes "miou<C>" alone.
+    None stands for undefined."""
+    per_class, num_classes = iou(confusion) * 100, len(confusion)
+    subsets = {num_classes: range(num_classes)}
+    if num_classes == 19:
+        subsets.update({16: SUBSET_16, 13: SUBSET_13})
+
+    def value(x):
+        return None if x.isnan() else x.item()
+
+    means = {f"miou{n}": value(per_class[list(members)].nanmean()) for n, members in subsets.items()}
+    return {**means, "iou": {name: value(x) for name, x in zip(class_names(num_classes), per_class)}}
+
+
+@torch.no_grad()
+def evaluate(models: list, dataset: Labelled, device, workers: int = 0, on_image=None) -> dict:
+    """The one evaluation loop: `scores` of the averaged logits of `models` over a dataset with native-size labels,
+    with "confusion" (C,C) int64, "images" and "seconds".
+
+    Eval mode, main head, logits upsampled to the label's size, argmax. on_image(name, logits (1,C,h,w), label (H,W),
+    prediction (H,W) uint8), if given, is called for every image.
+    """
+    for model in models:
+        model.eval()
+    num_classes, start = models[0].num_classes, time.perf_counter()
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for item in DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"):
+        image = normalize(item["image"][None].to(device, non_blocking=True))
+        label = item["label"].to(device, non_blocking=True)
+        # The average of upsampled logits is the upsampled average: upsampling is linear.
+        logits = sum(model(image).main for model in models) / len(models)
+        prediction = torch.empty_like(label)
+        for first, block in upsample_blocks(logits, (label.shape[1], label.shape[0])):
+            prediction[first : first + block.shape[2]] = block[0].argmax(0)
+        confusion += confusion_matrix(label, prediction, num_classes)
+        if on_image:
+            on_image(item["name"], logits, label, prediction)
+    return {**scores(confusion), "confusion": confusion.cpu(), "images": len(dataset), "seconds": time.perf_counter() - start}
+
+
+def score_table(columns: dict) -> str:
+    """A text table, one column per name of {name: scores}: per-class IoU and the means, in percent."""
+    first = next(iter(columns.values()))
+    lines = ["".join([" " * 16, *(f"{name:>14}" for name in columns)])]
+    rows = [*first["iou"], *(key for key in first if key.startswith("miou"))]
+    for row in rows:
+        values = [s["iou"].get(row, s.get(row)) for s in columns.values()]
+        lines.append("".join([f"{row.replace('miou', 'mIoU '):16}", *(f"{'-' if v is None else f'{v:.1f}':>14}" for v in values)]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- 8 runs: device, checkpoints, log
+
+FORMAT = "intrada-bcl 1"  # header of our checkpoints
+
+
+def choose_device(name) -> torch.device:
+    """--device, or CUDA where there is one, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to torch; use --device cpu or repair the driver")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def seed_everything(seed: int):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def save_checkpoint(path, model: DeepLabV2, **state):
+    """The one place where a checkpoint is made: header, network (architecture readable off the tensors), the rest."""
+    content = {"format": FORMAT, "model": model.state_dict(), **state}
+    try:
+        with atomic_write(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's writer turns a full disk into a RuntimeError
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free the disk or choose another --out")
+
+
+class RunLog:
+    """JSON lines in a file, one record a line, flushed; and a line on the terminal, live where it is a terminal."""
+
+    def __init__(self, path, header: dict, resume_at: int = 0):
+        """Starts the file with `header`; when resuming, keeps the records up to iteration `resume_at` instead."""
+        self.path, self.live = Path(path), sys.stdout.isatty()
+        kept = []
+        if resume_at and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    if json.loads(line).get("iter", 0) <= resume_at:
+                        kept.append(line)
+        write_text(path, "".join(line + "\n" for line in kept or [json.dumps({**versions(), **header}, default=str)]))
+        self.file = open(path, "a")
+
+    def write(self, **record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def show(self, text: str, last: bool = False):
+        print(f"\r\033[K{text}" if self.live else text, end="\n" if last or not self.live else "", flush=True)
+
+    def close(self):
+        self.file.close()
+
+
+def versions() -> dict:
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10)
+        git = out.stdout.strip() or None
+        return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": git}
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": None}
+
+
+def refuse_non_finite(terms: dict, iteration: int, names: list):
+    """Stop a run whose loss is no longer a number, before anything of it is saved."""
+    for term, value in terms.items():
+        if not np.isfinite(value):
+            raise UserError(f"{term} is {value} at iteration {iteration} (images {', '.join(names)}): lower --lr; nothing was saved since")
+
+
+def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool):
+    """The checkpoint to go on from, or None for a fresh start; refuses to mix or overwrite runs silently."""
+    last = Path(folder) / "last.pth"
+    if overwrite or not last.exists():
+        return None
+    state = read_checkpoint(last)
+    if state.get("format") != FORMAT or "config" not in state:
+        raise UserError(f"{last} is not a training checkpoint of this project: use another --out, or --overwrite")
+    changed = [key for key in config if state["config"].get(key) != config[key]]
+    if changed:
+        raise UserError(
+            f"{last} is of another run ({', '.join('--' + c.replace('_', '-') for c in changed[:4])} differ):"
+            " use another --out, or --overwrite to start over"
+        )
+    if state["iter"] < iters and not resume:
+        raise UserError(f"{last} stopped at iteration {state['iter']} of {iters}: add --resume to go on, or --overwrite to start over")
+    return state
+
+
+def validation_set(kind: str, root, num_classes: int, size):
+    """The target's val split with native labels for `evaluate`; None for a plain folder without labels."""
+    if kind == "folder" and not (Path(root) / "labels").is_dir():
+        return None
+    return Labelled(list_pairs(kind, root, "val"), kind, num_classes, size, native_labels=True)
+
+
+# ---------------------------------------------------------------- 9 built-in street scenes
+
+
+def demo_scenes(source: str) -> Path:
+    """data/scenes with the built-in scenes, drawn on first use (about 10 s)."""
+    root = Path("data/scenes")
+    if not root.exists():
+        print(f"drawing the built-in street scenes into {root} ...")
+        write_scenes(root)
+    return root
+
+# Both domains draw the same geometry; they differ only in GAP, HARD and PAINT. Lengths are fractions of the width,
+# opacities and amplitudes fractions of 1.
+VARIETY = dict(surface=0.15, light=0.20, tint=0.06)  # spread between the images of either domain; more: a smaller gap
+GAP = dict(palette=0.45,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
+           desaturate=0.25, contrast=0.87, cast=(1.03, 1.0, 0.88),  # grey share; gain about mid-grey; gain of R, G, B
+           texture=0.7, blur=0.0015, noise=0.02, source_noise=0.006)  # texture: relative to source
+HARD = dict(share=0.4, kinds=("fog", "night", "rain"),  # share of the target images; one kind each
+            fog=0.50, night=0.60, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
+            # In every hard image, local or directional, so that BatchNorm cannot undo it (plurals are counts):
+            motion=0.008, shadow=0.4, shadows=2, glare=0.6, glares=1, dirt=0.4, dirts=3, drop=0.8, drops=5,
+            noise=0.01)  # added to GAP's
+PAINT = dict(  # (source RGB, target RGB)
+    road=((84, 80, 92), (112, 112, 110)), line=((250, 250, 250), (190, 190, 182)),
+    sidewalk=((196, 160, 150), (140, 139, 136)), tile=((160, 122, 114), (116, 116, 114)),
+    terrain=((150, 190, 60), (124, 122, 84)), sky=((96, 164, 240), (206, 208, 208)),
+    leaf=((52, 132, 40), (78, 94, 62)), trunk=((96, 64, 36), (84, 76, 66)),
+    brick=((188, 100, 72), (144, 130, 122)), mortar=((226, 206, 190), (108, 102, 98)),
+    fence=((150, 100, 50), (92, 94, 96)), metal=((128, 132, 146), (104, 108, 106)),
+    glass=((50, 70, 100), (62, 68, 72)), dark=((22, 22, 26), (40, 40, 40)), skin=((232, 180, 140), (170, 136, 116)),
+    white=((250, 250, 250), (214, 214, 208)), red=((230, 20, 20), (170, 50, 46)), blue=((20, 60, 220), (56, 76, 130)),
+    yellow=((250, 210, 0), (190, 168, 70)), green=((20, 220, 90), (60, 170, 110)), lamp=((255, 246, 214),) * 2)
+
+
+def rect(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def disc(x, y, rx, ry, hole=0.0):
+    """Ellipse as a polygon; hole: the part of the radius that is left out (a tyre)."""
+    angle = np.linspace(0, 2 * np.pi, 21)
+    rim = np.stack([np.cos(angle) * rx, np.sin(angle) * ry], 1)
+    return (np.concatenate([rim, rim[::-1] * hole]) if hole else rim) + (x, y)
+
+
+def stroke(x0, y0, x1, y1, width):
+    side = np.array([y0 - y1, x1 - x0]) / np.hypot(x1 - x0, y1 - y0) * width / 2
+    return [(x0, y0) + side, (x1, y1) + side, (x1, y1) - side, (x0, y0) - side]
+
+
+def bars(colour, xs, width, y0, y1):
+    return [(None, colour, rect(x, y0, x + width, y1)) for x in xs]
+
+
+def wheels(train_id, xs, y, rx, ry):
+    tyres = [(train_id, "dark", disc(x, y, rx, ry)) for x in xs]
+    return tyres + [(None, "metal", disc(x, y, rx / 2, ry / 2)) for x in xs]
+
+
+# A sprite is a list of (trainId, or None to leave the label; colour, or None to leave the image; polygon), painted in
+# this order, in a unit square with x to the right and y down. The colours "body" and "trim" are drawn for each object.
+SHADE = (None, "dark", disc(.5, .99, .5, .05))
+CAR = [SHADE, (13, "body", [(0, .5), (.16, .44), (.3, .02), (.74, .02), (.9, .44), (1, .52), (1, .86), (0, .86)]),
+       (None, "glass", [(.23, .44), (.34, .12), (.5, .12), (.5, .44)]), (None, "lamp", rect(0, .54, .06, .66)),
+       (None, "glass", [(.54, .44), (.54, .12), (.7, .12), (.82, .44)]), (None, "red", rect(.95, .54, 1, .66)),
+       (None, "dark", rect(0, .76, 1, .86)), *wheels(13, (.22, .78), .83, .11, .17)]
+TRUCK = [SHADE, (14, "dark", rect(.03, .7, .98, .86)), (14, "trim", rect(.32, 0, 1, .76)),
+         *bars("body", (.49, .66, .83), .012, .06, .7),
+         (14, "body", [(0, .45), (.08, .2), (.28, .2), (.28, .84), (0, .84)]),
+         (None, "glass", [(.03, .46), (.1, .26), (.2, .26), (.2, .46)]), (None, "lamp", rect(0, .62, .04, .72)),
+         *wheels(14, (.16, .72, .88), .86, .07, .14)]
+BUS = [SHADE, (15, "body", rect(0, 0, 1, .88)), (None, "trim", rect(0, .56, 1, .66)),
+       *bars("glass", (.03, .32, .47, .62, .77), .12, .12, .48), (None, "glass", rect(.18, .12, .29, .84)),
+       (None, "lamp", rect(0, .7, .03, .78)), (None, "white", rect(.02, .02, .16, .09)),
+       *wheels(15, (.2, .78), .87, .07, .13)]
+TRAIN = [(16, "body", [(0, .62), (.1, .14), (1, .14), (1, .94), (0, .94)]), (16, "metal", rect(.12, .08, 1, .15)),
+         (None, "glass", [(.03, .54), (.1, .24), (1, .24), (1, .46), (.15, .46), (.13, .54)]),
+         *bars("white", (.24, .5, .76), .07, .2, .88), *bars("dark", (.27, .53, .79), .012, .2, .88),
+         (None, "trim", rect(.01, .66, 1, .72)), (16, "dark", rect(.02, .9, 1, 1)),
+         (16, "dark", stroke(.55, .08, .65, 0, .02)), (None, "lamp", disc(.05, .76, .02, .05))]
+PERSON = [(11, "trim", [(.24, .5), (.76, .5), (.86, 1), (.6, 1), (.5, .66), (.38, 1), (.12, 1)]),
+          (11, "body", [(.16, .19), (.84, .19), (1, .54), (.82, .56), (.76, .34), (.76, .56), (.24, .56), (.24, .34),
+                        (.18, .56), (0, .54)]),
+          (11, "skin", disc(.5, .1, .2, .1)), (None, "dark", [(.3, .1), (.34, .01), (.66, .01), (.7, .1), (.5, .05)])]
+RIDER = [(12, "trim", [(.28, .1), (.5, .1), (.62, .34), (.54, .7), (.44, .68), (.48, .4), (.28, .3)]),
+         (12, "body", [(.28, .16), (.26, -.36), (.4, -.5), (.58, -.46), (.76, .02), (.68, .1), (.54, -.1), (.5, .18)]),
+         (12, "skin", disc(.5, -.62, .09, .16)),
+         (12, "trim", [(.4, -.62), (.42, -.78), (.5, -.82), (.58, -.78), (.6, -.64)])]
+BICYCLE = [*[(18, None, disc(x, .62, .24, .38)) for x in (.24, .76)],  # wheels count whole, as in Cityscapes
+           (18, None, [(.24, .62), (.38, .14), (.7, .14), (.76, .62), (.48, .66)]),
+           *[(None, "metal", stroke(x - c, .62 - s, x + c, .62 + s, .014)) for x in (.24, .76)
+             for c, s in ((.2, 0), (0, .32), (.14, .22), (.14, -.22))],
+           *[(None, "dark", disc(x, .62, .24, .38, hole=.8)) for x in (.24, .76)],
+           *[(18, "body", stroke(*ends, .045)) for ends in (
+               (.24, .62, .38, .2), (.38, .2, .68, .2), (.68, .2, .48, .66), (.48, .66, .24, .62), (.66, .1, .76, .6))],
+           (18, "dark", rect(.28, .1, .46, .18)), (18, "dark", stroke(.58, .07, .7, .07, .06))]
+MOTORCYCLE = [SHADE, *wheels(17, (.22, .78), .66, .22, .34), (17, "dark", stroke(.62, .06, .82, .62, .06)),
+              (17, "body", [(.1, .3), (.42, .36), (.52, .16), (.7, .2), (.84, .5), (.66, .86), (.34, .88), (.26, .58)]),
+              (None, "metal", [(.36, .58), (.62, .54), (.6, .84), (.38, .84)]), (17, "dark", rect(.12, .24, .46, .36)),
+              (17, "lamp", disc(.8, .22, .05, .08)), (17, "metal", stroke(.05, .82, .45, .82, .07))]
+POST = (5, "metal", rect(.36, .02, .64, 1))
+POLE = [POST, (5, "metal", [(.36, .02), (1.5, 0), (1.5, .03), (.64, .06)]), (None, "lamp", rect(1.1, .02, 1.5, .045))]
+SIGNS = [[POST, (7, "red", disc(.5, .16, 1, .16)), (None, "white", rect(-.2, .12, 1.2, .2))],
+         [POST, (7, "red", [(.5, -.04), (1.6, .32), (-.6, .32)]), (None, "white", [(.5, .06), (1.1, .28), (-.1, .28)]),
+          (None, "dark", rect(.4, .12, .6, .26))],
+         [POST, (7, "blue", rect(-.45, 0, 1.45, .32)),
+          (None, "white", [(.5, .03), (1.1, .15), (.68, .15), (.68, .28), (.32, .28), (.32, .15), (-.1, .15)])]]
+LIGHTS = [[POST, (6, "yellow", rect(-.08, -.005, 1.08, .275)), (None, "dark", rect(.06, .005, .94, .265)),
+           *[(None, lamp, disc(.5, .05 + .085 * i, .24, .034)) for i, lamp in enumerate(lamps)]]
+          for lamps in (("red", "glass", "glass"), ("glass", "yellow", "glass"), ("glass", "glass", "green"))]
+# Sprites; range of widths; height / width, both as fractions of the image; range of nearness, 0 horizon to 1 bottom.
+OBJECTS = dict(
+    car=([CAR], (.20, .29), .85, (.25, .62)), truck=([TRUCK], (.30, .40), 1.0, (.2, .5)),
+    bus=([BUS], (.32, .42), .92, (.2, .5)), train=([TRAIN], (.38, .48), .7, (.2, .45)),
+    bicycle=([BICYCLE, BICYCLE + RIDER, BICYCLE + RIDER], (.16, .20), 1.3, (.45, .85)),
+    motorcycle=([MOTORCYCLE, MOTORCYCLE + RIDER, MOTORCYCLE + RIDER], (.16, .20), 1.3, (.45, .85)),
+    person=([PERSON], (.058, .075), 4.6, (.4, .85)), pole=([POLE], (.050, .056), 12.0, (.3, .7)),
+    light=(LIGHTS, (.062, .075), 8.5, (.35, .75)), sign=(SIGNS, (.046, .056), 10.5, (.35, .75)))
+
+
+class Brush:
+    """Draws the same polygons into image (RGB), label (trainIds) and remoteness (0 near to 255 horizon)."""
+
+    def __init__(self, rng, size, palette):
+        self.size, self.lamps = np.array(size), []
+        layers = [Image.new(mode, size) for mode in ("RGB", "L", "L")]
+        self.image, self.label, self.remoteness = layers
+        self.pens = [ImageDraw.Draw(layer) for layer in layers]
+        source, target = np.array(list(PAINT.values()), float).transpose(1, 0, 2)  # (surfaces, 3) each
+        variety = np.exp(VARIETY["surface"] * rng.standard_normal(source.shape))
+        colours = np.clip((source + palette * (target - source)) * variety, 0, 255).astype(int)
+        self.paint = dict(zip(PAINT, map(tuple, colours.tolist())))
+
+    def draw(self, parts, corners, remoteness=1.0, **paint):
+        """corners: place of the unit square, clockwise from top left, in fractions of the image; remoteness: 0..1."""
+        corners, paint = np.asarray(corners) * self.size, {**self.paint, **paint}
+        for train_id, colour, polygon in parts:
+            u, v = np.asarray(polygon, float).T[..., None]  # (points, 1) each
+            points = (1 - v) * ((1 - u) * corners[0] + u * corners[1]) + v * ((1 - u) * corners[3] + u * corners[2])
+            depth = None if train_id is None else int(255 * remoteness)
+            for pen, fill in zip(self.pens, (paint.get(colour), train_id, depth)):
+                if fill is not None:
+                    pen.polygon(points.round().ravel().tolist(), fill=fill)
+            if colour == "lamp":
+                self.lamps.append(points.mean(0) / self.size)
+
+
+def random_paint(rng, saturation=0.85):
+    colour = colorsys.hsv_to_rgb(rng.random(), saturation * rng.random(), rng.uniform(.25, .95))
+    return tuple(int(255 * c) for c in colour)
+
+
+def noise_field(rng, size, columns, rows):
+    """Smooth noise (H,W) of standard deviation near 1, the same columns x rows cells at every image size."""
+    grid = rng.standard_normal((rows, columns)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize(size, Image.BICUBIC))
+
+
+def draw_street(rng, brush):
+    """All that stands still: sky, houses, trees, ground, walls, fences. Returns the horizon in image heights."""
+    horizon, vanish = rng.uniform(.40, .48), rng.uniform(.42, .58)
+    brush.draw([(10, "sky", rect(0, 0, 1, 1)), (9, "terrain", rect(0, horizon, 1, 1))], rect(0, 0, 1, 1))
+    for x in np.arange(-.05, 1, .14) + rng.uniform(-.03, .03, 8):  # houses and trees, lower towards the vanishing point
+        width, aside = rng.uniform(.14, .22), abs(x + .07 - vanish)
+        top = horizon - rng.uniform(.10, .18) - aside * rng.uniform(.3, .6)
+        columns, rows = rng.integers(3, 5), max(2, int((horizon - top) / .1))
+        house = [(2, "body", rect(0, 0, 1, 1)), (None, "trim", rect(0, 0, 1, .05))]
+        for j in range(rows):
+            house += bars("glass", (np.arange(columns) + .25) / columns, .5 / columns, (j + .3) / rows, (j + .8) / rows)
+        crown = disc(0, 0, .6, .5) * (1 + .12 * rng.standard_normal((21, 1))) + (.5, .5)
+        tree = [(8, "trunk", rect(.44, .6, .56, 1)), (8, "leaf", crown)]
+        paint = dict(body=random_paint(rng, .6), trim=random_paint(rng, .6))
+        corners = rect(x, top, x + width, horizon + .01)
+        brush.draw(tree if rng.random() < .4 else house, corners, .9 - .6 * aside, **paint)
+    edges = rng.uniform(-.12, .10), rng.uniform(.90, 1.12)  # of the road at the bottom of the image
+    joints = [(None, "tile", rect(0, y, 1, 1.03 * y + .004)) for y in np.linspace(.1, 1, 9) ** 2]
+    pavement = [(1, "sidewalk", rect(0, 0, 1, 1)), *joints, *bars("tile", (0, .48), .04, 0, 1)]
+    rows = np.arange(5) / 5
+    bricks = [(3, "brick", rect(0, 0, 1, 1)), *[(None, "mortar", rect(0, y, 1, y + .035)) for y in rows]]
+    for i, y in enumerate(rows):
+        bricks += bars("mortar", np.arange(.06 * (i % 2), 1, .125), .018, y, y + .2)
+    pickets = [(4, None, rect(0, 0, 1, 1)), *[(None, "fence", rect(0, y, 1, y + .08)) for y in (.15, .75)],
+               *bars("fence", np.arange(0, 1, .095), .05, 0, 1)]
+    for side, edge in zip((-1, 1), edges):
+        inner, outer, reach = vanish + side * .05, vanish + side * .14, edge + side * rng.uniform(.25, .7)
+        ground = [(inner, horizon), (outer, horizon), (reach, 1), (edge, 1)]
+        brush.draw(pavement, ground)
+        ends = rng.uniform((.3, .15, .02), (.6, .25, .1))  # nearness along the outer edge of the pavement
+        for k, (near, far) in zip(rng.permutation(2), zip(ends, ends[1:])):
+            t = np.array([near, far])
+            feet = np.stack([outer + side * .04 + t * (reach - outer), horizon + t * (1 - horizon)], 1)
+            tops = feet - np.stack([0 * t, .10 + .22 * t], 1)
+            if rng.random() < .8:
+                brush.draw((bricks, pickets)[k], [tops[0], tops[1], feet[1], feet[0]], 1 - near)
+    road = [(0, "road", rect(0, 0, 1, 1)), *bars("line", (.04, .94), .02, 0, 1)]
+    for y in (.03, .08, .18, .4, .8):
+        road += bars("line", (.35, .63), .024, y, 1.5 * y)
+    brush.draw(road, [(vanish - .05, horizon), (vanish + .05, horizon), (edges[1], 1), (edges[0], 1)])
+    return horizon
+
+
+def draw_objects(rng, brush, horizon):
+    kinds = ["pole", "light", "sign", rng.choice(["pole", "light", "sign"])]
+    kinds += ["car"] * rng.integers(1, 3) + ["person"] * rng.integers(1, 3)
+    kinds += [*rng.permutation(["truck", "bus", "train"])[:rng.integers(1, 3)]]
+    kinds += [*rng.permutation(["bicycle", "motorcycle"])[:rng.integers(1, 3)]]
+    slots = (rng.permutation(len(kinds)) + rng.uniform(.2, .8, len(kinds))) / len(kinds)
+    nearness = [rng.uniform(*OBJECTS[kind][3]) for kind in kinds]
+    for near, kind, x in sorted(zip(nearness, kinds, slots)):  # far to near
+        sprites, widths, aspect, _ = OBJECTS[kind]
+        width, y = rng.uniform(*widths) * (.75 + .5 * near), horizon + near * (1 - horizon)
+        if kind in ("pole", "light", "sign"):
+            x = .5 + np.sign(x - .5) * (.16 + .64 * abs(x - .5))  # beside the road
+        elif kind != "person":
+            x = .15 + .7 * x  # large, so away from the image border
+        left, right = (x - width / 2, x + width / 2)[::rng.choice((-1, 1))]  # facing either way
+        sprite, paint = sprites[rng.integers(len(sprites))], dict(body=random_paint(rng), trim=random_paint(rng))
+        brush.draw(sprite, rect(left, y - width * aspect, right, y), 1 - near, **paint)
+
+
+def blend(image, colour, opacity):
+    return image + opacity * (np.asarray(colour, np.float32) - image)
+
+
+def mask(size, polygons, blur):
+    """Soft mask (H,W,1), 0..1, of polygons in fractions of the image; blur: sigma as a fraction of the width."""
+    layer = Image.new("L", size)
+    for polygon in polygons:
+        ImageDraw.Draw(layer).polygon((np.asarray(polygon) * size).round().ravel().tolist(), fill=255)
+    return np.asarray(layer.filter(ImageFilter.GaussianBlur(blur * size[0])), np.float32)[..., None] / 255
+
+
+def spots(rng, count, radii, y_range=(0, 1)):
+    low, high = zip((0, 1), y_range, radii)
+    return [disc(x, y, r, 2 * r) for x, y, r in rng.uniform(low, high, (count, 3))]
+
+
+def motion_blur(image, dx, dy):
+    """Mean over a line of (dx, dy) pixels around each pixel, by halving: log2(length) passes instead of length."""
+    image = np.roll(image, (-round(dy / 2), -round(dx / 2)), (0, 1))
+    while max(abs(dx), abs(dy)) >= 1:
+        dx, dy = dx / 2, dy / 2
+        image = (image + np.roll(image, (round(dy), round(dx)), (0, 1))) / 2
+    return image
+
+
+def render_hard(image, label, remoteness, lamps, horizon, rng):
+    """Fog, night or rain, and in each of them shadows, glare, motion blur, dirt and drops on the lens.
+
+    image (H,W,3) float32, 0..255; remoteness (H,W,1), 0..1; lamps [(x, y)] in fractions of the image.
+    """
+    height, width = label.shape
+    size, kind = (width, height), rng.choice(HARD["kinds"])
+    for _ in range(HARD["shadows"]):  # of houses and trees that stand outside the picture
+        x, w, slant = rng.uniform((-.2, .06, -.4), (1, .2, .4))
+        band = [(x, horizon), (x + w, horizon), (x + w + slant, 1.1), (x + slant - .1, 1.1)]
+        image = image * (1 - HARD["shadow"] * mask(size, [band], .004))
+    if kind == "fog":
+        density = HARD["fog"] * (1 + .15 * noise_field(rng, size, 6, 4)[..., None]) * (.25 + .75 * remoteness)
+        image = blend(image, (198, 200, 202), np.clip(density, 0, .95))
+    elif kind == "night":
+        beam = mask(size, [[(.42, horizon + .08), (.58, horizon + .08), (.95, 1), (.05, 1)]], .03)
+        image = image * (HARD["night"] * np.float32((.9, .95, 1.15)) + .5 * beam)
+        glow = mask(size, [disc(x, y, .022, .044) for x, y in lamps] + spots(rng, 3, (.01, .02), (0, .45)), .014)
+        image = blend(image, (255, 222, 160), .8 * glow)
+    else:
+        mirrored = image[np.clip(2 * int(horizon * height) - np.arange(height), 0, height - 1)]
+        image = blend(image, mirrored, HARD["reflection"] * np.isin(label, (0, 1))[..., None])  # wet ground
+        xs, ys, lengths = rng.uniform((-.1, -.1, .06), (1.1, 1, .2), (HARD["streaks"], 3)).T
+        slant = rng.uniform(-.15, .15)
+        streaks = [stroke(x, y, x + slant * n, y + n, .005) for x, y, n in zip(xs, ys, lengths)]
+        image = blend(.85 * image, (205, 210, 215), HARD["rain"] * mask(size, streaks, .0006))
+    image = blend(image, (255, 244, 220), HARD["glare"] * mask(size, spots(rng, HARD["glares"], (.03, .08)), .02))
+    length, angle = HARD["motion"] * width * rng.uniform(.5, 1.5), rng.uniform(-.4, .4)
+    image = motion_blur(image, length * np.cos(angle), length * np.sin(angle))
+    dirt = mask(size, spots(rng, HARD["dirts"], (.02, .06)), .01)
+    image = blend(image, random_paint(rng, .3), HARD["dirt"] * dirt)
+    refracted = 8 + 1.1 * np.roll(image, (int(.12 * height), int(.05 * width)), (0, 1))  # a drop shows another place
+    return blend(image, refracted, HARD["drop"] * mask(size, spots(rng, HARD["drops"], (.012, .04)), .002))
+
+
+def draw_scene(rng, size, domain, hard=False):
+    """One street scene. size: (W,H); domain: "source" or "target"; hard: fog, night or rain, target only.
+
+    Returns image (H,W,3) uint8 RGB and label (H,W) uint8 of trainIds, IGNORE on the bonnet of the own car.
+    The same rng state shows the same street at every size and in either domain: only sensor noise is drawn per pixel.
+    """
+    scene_rng, weather_rng, sensor_rng = (np.random.default_rng(seed) for seed in rng.integers(2 ** 62, size=3))
+    target = domain == "target"
+    brush = Brush(scene_rng, size, GAP["palette"] if target else 0)
+    horizon = draw_street(scene_rng, brush)
+    draw_objects(scene_rng, brush, horizon)
+    bonnet = disc(.5, 1.05, .62, scene_rng.uniform(.08, .11))
+    brush.draw([(IGNORE, "dark", bonnet)], rect(0, 0, 1, 1), 0)
+    image, label = np.array(brush.image, np.float32), np.array(brush.label)
+    # Textures that tell classes apart without colour: leaves, upright blades of grass, clouds and stains on the ground.
+    amplitude = np.zeros((3, 256), np.float32)
+    amplitude[0, [8, 9, 2]] = .28, .10, .04
+    amplitude[1, [9, 8]] = .22, .04
+    amplitude[2, [10, 0, 1]] = .06, .05, .05
+    fields = [noise_field(scene_rng, size, *cells) for cells in ((96, 48), (128, 16), (12, 8))]
+    texture = sum(row[label] * field for row, field in zip(amplitude, fields))[..., None]
+    light = VARIETY["light"] * scene_rng.standard_normal() + VARIETY["tint"] * scene_rng.standard_normal(3)
+    image *= (1 + (GAP["texture"] if target else 1) * texture) * np.exp(light).astype(np.float32)
+    noise = GAP["noise"] + hard * HARD["noise"] if target else GAP["source_noise"]
+    if target:
+        image = blend(image, image.mean(2, keepdims=True), GAP["desaturate"])
+        image = (128 + GAP["contrast"] * (image - 128)) * np.float32(GAP["cast"])
+        if hard:
+            remoteness = np.array(brush.remoteness, np.float32) / 255
+            slope = (1 - np.linspace(0, 1, size[1], dtype=np.float32)[:, None]) / (1 - horizon)
+            remoteness = np.where(np.isin(label, (0, 1, 9)), np.clip(slope, 0, 1), remoteness)[..., None]
+            image = render_hard(image, label, remoteness, brush.lamps, horizon, weather_rng)
+        soft = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+        image = np.asarray(soft.filter(ImageFilter.GaussianBlur(GAP["blur"] * size[0])), np.float32)
+    image = image + 255 * noise * sensor_rng.standard_normal(image.shape, np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8), label
+
+
+def write_png16(path, channels):
+    """channels (H,W,3) of 16-bit values as an RGB PNG, which Pillow cannot write."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    height, width, _ = channels.shape
+    rows = np.pad(channels.astype(">u2").view(np.uint8).reshape(height, -1), ((0, 0), (1, 0)))  # filter byte 0 per row
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)  # 16 bits, RGB
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 3)) + chunk(b"IEND", b"")
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=200, num_target=200,
+                 num_val=60, synthia=False, synscapes=False, progress=None):
+    """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes trees of drawn scenes below root.
+
+    Sizes are (W,H). An image depends on (seed, tree, index) alone. hard.txt and easy.txt list the target images as
+    <city>_<seq>_<frame>; training never reads them. root appears when complete: a killed run leaves root.partial.
+    progress: called with (scenes written, scenes in all) after each scene.
+    """
+    root = Path(root)
+    partial = root.with_name(root.name + ".partial")
+    if root.exists():
+        raise FileExistsError(f"{root} exists already")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    cityscapes, synthia_ids = np.ones(256, np.uint8), np.zeros(256, np.uint16)  # IGNORE: 1 (ego vehicle), 0 (void)
+    cityscapes[:19], synthia_ids[:19] = CITYSCAPES_IDS, SYNTHIA_IDS
+    synthia_ids[[9, 14, 16]] = 0  # terrain, truck and train do not occur in the real labels
+    palette = np.zeros((256, 3), np.uint8)
+    palette[cityscapes[:19]] = PALETTE
+    trees = {"GTA5": num_source, "train": num_target, "val": num_val, "SYNTHIA": num_source * synthia,
+             "Synscapes": num_source * synscapes}
+    cities = dict(train=("aldenburg", "brennau", "castelmar"), val=("dornfeld", "eastmere"))
+    splits, written = {"hard": [], "easy": []}, 0
+    for number, (tree, count) in enumerate(trees.items()):
+        target = tree in cities
+        domain, size = ("target", target_size) if target else ("source", source_size)
+        shuffled = np.random.default_rng((seed, number)).permutation(count)
+        hard = set(shuffled[:round(HARD["share"] * count)]) if target else ()
+        for index in range(count):
+            rng = np.random.default_rng((seed, number, index))
+            image, label = draw_scene(rng, size, domain, index in hard)
+            ids = Image.fromarray(cityscapes[label])
+            if target:
+                city = cities[tree][index % len(cities[tree])]
+                stem = f"{city}_{index // len(cities[tree]):06d}_000019"
+                splits["hard" if index in hard else "easy"].append(stem)
+                names = (f"leftImg8bit/{tree}/{city}/{stem}_leftImg8bit.png",
+                         f"gtFine/{tree}/{city}/{stem}_gtFine_labelIds.png")
+            elif tree == "GTA5":
+                ids.putpalette(palette.tobytes())  # the pixel stays the label id, as a palette index
+                names = f"images/{index + 1:05d}.png", f"labels/{index + 1:05d}.png"
+            elif tree == "SYNTHIA":
+                names = f"RGB/{index:07d}.png", f"GT/LABELS/{index:07d}.png"
+            else:
+                names = f"img/rgb/{index + 1}.png", f"img/class/{index + 1}.png"
+            image_path, label_path = (partial / ("Cityscapes" if target else tree) / name for name in names)
+            for path in (image_path, label_path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(image_path, compress_level=3)
+            if tree == "SYNTHIA":
+                column = np.broadcast_to(np.arange(label.shape[1]) // 32, label.shape)  # in place of an instance id
+                write_png16(label_path, np.stack([synthia_ids[label], column, 0 * column], 2))
+            else:
+                ids.save(label_path, compress_level=3)
+            written += 1
+            if progress:
+                progress(written, sum(trees.values()))
+    for name, stems in splits.items():
+        (partial / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+    os.replace(partial, root)

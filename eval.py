@@ -1,0 +1,95 @@
+"""Evaluate one checkpoint, or the averaged predictions of several, on labelled target images.
+
+    python eval.py                                                the newest last.pth under runs/, on the built-in scenes
+    python eval.py --ckpt A.pth B.pth --data-root DIR             on Cityscapes val; two files are averaged
+    python eval.py --ckpt A.pth --save-dir out --json out.json    coloured predictions, entropy maps, all numbers
+
+Reads our checkpoints and every published kind (METHODS: AdvEnt, IntraDA, BCL release, single-level DeepLab); the
+architecture is read off the file. The input is resized to --input-size, logits are upsampled to the label's own size.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+import common
+from common import UserError
+from intrada import self_information, size
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--ckpt", nargs="*", type=Path, default=[], help="checkpoints, averaged if several; without a path the newest last.pth under runs/")
+    parser.add_argument("--data-root", type=Path, help="folder that holds Cityscapes/; without it the built-in scenes")
+    parser.add_argument("--target", choices=("cityscapes", "folder"), default="cityscapes", help="layout of the labelled images (default: %(default)s)")
+    parser.add_argument("--target-root", type=Path, help="the dataset's own folder, if not under --data-root")
+    parser.add_argument("--split", default="val", help="train, val or test (default: %(default)s)")
+    parser.add_argument("--subset", type=Path, help="evaluate only the images named in this text file (one name or stem a line), say data/scenes/hard.txt")
+    parser.add_argument("--input-size", type=size, help="images are resized to WxH (default: 1024x512, built-in scenes 256x128)")
+    parser.add_argument("--json", type=Path, help="write miou19, miou16, miou13, iou, confusion, images, seconds (percent; rows are labels)")
+    parser.add_argument("--save-dir", type=Path, help="write <name>_colour.png and <name>_entropy.png for every image")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    return parser.parse_args()
+
+
+def newest_checkpoint() -> Path:
+    found = sorted(Path("runs").rglob("last.pth"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("no last.pth under runs/: train with intrada.py first, or name a file with --ckpt")
+    return found[-1]
+
+
+def select(pairs: dict, subset: Path) -> dict:
+    """The pairs whose name, or last part of it, is listed in the file."""
+    try:
+        wanted = set(subset.read_text().split())
+    except OSError as error:
+        raise UserError(f"cannot read --subset {subset} ({error.strerror})")
+    chosen = {name: pair for name, pair in pairs.items() if name in wanted or name.split("/")[-1] in wanted}
+    if not chosen:
+        raise UserError(f"--subset {subset} names none of the {len(pairs)} images")
+    return chosen
+
+
+def picture_writer(folder: Path, num_classes: int):
+    """An on_image callback for `common.evaluate` that writes the coloured prediction and the entropy map (white: 1)."""
+
+    def write(name, logits, label, prediction):
+        entropy = [self_information(block).sum(1)[0] for _, block in common.upsample_blocks(logits, tuple(label.shape[::-1]))]
+        entropy = np.concatenate([block.mul(255).round().byte().cpu().numpy() for block in entropy])  # (H, W), 0..1 -> 0..255
+        common.write_png(folder / f"{name}_colour.png", prediction.cpu().numpy(), common.palette_for(num_classes))
+        common.write_png(folder / f"{name}_entropy.png", entropy)
+
+    return write
+
+
+def main():
+    args = parse_args()
+    device = common.choose_device(args.device)
+    paths = args.ckpt or [newest_checkpoint()]
+    loaded = [common.build_model(path) for path in paths]
+    models, num_classes = [model.to(device) for model, _ in loaded], loaded[0][0].num_classes
+    for path, (model, report) in zip(paths, loaded):
+        print(f"{path}: {report}")
+        if model.num_classes != num_classes:
+            raise UserError(f"{path} predicts {model.num_classes} classes, {paths[0]} {num_classes}: only like can be averaged")
+    demo = not (args.data_root or args.target_root)
+    args.data_root = common.demo_scenes("gta5") if demo else args.data_root
+    args.input_size = args.input_size or ((256, 128) if demo else (1024, 512))
+    root = common.dataset_root(args.target, args.data_root, args.target_root)
+    pairs = common.list_pairs(args.target, root, args.split)
+    pairs = select(pairs, args.subset) if args.subset else pairs
+    dataset = common.Labelled(pairs, args.target, num_classes, args.input_size, native_labels=True)
+    pictures = picture_writer(args.save_dir, num_classes) if args.save_dir else None
+    result = common.evaluate(models, dataset, device, args.workers, pictures)
+    print(f"\nIoU in percent, {args.target} {args.split}:\n{common.score_table({'IoU': result})}")
+    print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
+    if args.json:
+        common.write_text(args.json, json.dumps({**result, "confusion": result["confusion"].tolist()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    common.run(main)

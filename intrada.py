@@ -1,0 +1,477 @@
+"""IntraDA: unsupervised intra-domain adaptation for semantic segmentation through self-supervision (CVPR 2020).
+
+Pan, Shin, Rameau, Lee, Kweon. Stage 1 aligns source and target (this is AdvEnt: Vu et al., CVPR 2019), stage 2 ranks the
+target images by entropy and splits them into easy and hard, stage 3 aligns easy (with pseudo labels) and hard. Stages 1
+and 3 are one function, `train`, with other inputs.
+
+    python intrada.py                                             demo: built-in scenes, small network, CPU
+    python intrada.py --data-root DIR                             GTA5 -> Cityscapes, ResNet-101, the paper's constants
+    python intrada.py --data-root DIR --stage 2 --ckpt FILE       rank with any checkpoint, say a published AdvEnt one
+    python intrada.py --stage 1 --lambda-adv-main 0 --lambda-adv-aux 0      the source-only baseline
+
+Where this differs from the paper or from the released code:
+D1  Each parameter is listed once in the optimizer. The released list held every backbone convolution three times, so the
+    backbone moved about 3x faster than its learning rate says; --lr-backbone-mult 3 keeps that, 1 is the paper's text.
+D2  Cross-entropy is the mean over labelled pixels and 0, not NaN, for a batch without any.
+D3  log P comes from log-softmax instead of log(P + 1e-30): exact, and finite for any logits.
+D4  D's forward on the target serves its own loss and the adversarial one; the released code runs it twice, for the same
+    numbers.
+D5  The split has floor(ratio * N) easy images in exact arithmetic; ties are broken by name.
+D6  The demo has no ImageNet weights, so it first trains on source alone (--warmup-iters) and both adversarial stages start
+    from that. On real data this is off.
+"""
+
+import argparse
+import csv
+import io
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+from common import UserError
+
+# ---------------------------------------------------------------- arguments
+
+# flag: (paper, demo). Both methods' constants in one place; --help shows them.
+DEFAULTS = {
+    "init": ("imagenet", "none"),
+    "layers": ((3, 4, 23, 3), (2, 2, 2, 2)),
+    "width": (64, 16),
+    "source_size": (None, (256, 128)),  # None: the paper's size for the dataset, see SOURCE_SIZES
+    "target_size": ((1024, 512), (256, 128)),
+    "batch_size": (1, 2),
+    "warmup_iters": (0, 600),
+    "max_iters": (250_000, 600),
+    "stop_iters": (None, 300),  # None: 120,000, or 90,000 from SYNTHIA
+    "lr": (2.5e-4, 2.5e-3),
+    "lr_d": (1e-4, 1e-4),
+    "eval_every": (2_000, 100),
+    "save_every": (1_000, 100),
+    "log_every": (50, 20),
+    "workers": (4, 0),
+    "bn": ("batch", "batch"),
+    "warmup_lr": (2.5e-4, 3e-3),
+}
+SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720), "folder": (1280, 720)}
+
+
+def size(text: str) -> tuple:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= 32):
+        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, at least 32x32 (D halves a map five times), say 1024x512")
+    return int(width), int(height)
+
+
+def layers(text: str) -> tuple:
+    counts = text.split(",")
+    if len(counts) != 4 or not all(c.isdigit() and int(c) for c in counts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give four block counts, say 3,4,23,3")
+    return tuple(map(int, counts))
+
+
+def number(kind, low, high=math.inf):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def flag_adder(defaults: dict):
+    """add(group, flag, help, **options) for a table of (paper, demo) defaults; help ends with the defaults."""
+
+    def add(group, flag, help, **options):
+        if flag[2:].replace("-", "_") in defaults:
+            paper, demo = (" ".join(str(v).split()) for v in defaults[flag[2:].replace("-", "_")])
+            help += f" (paper: {paper}, demo: {demo})"
+        elif options.get("default") is not None:
+            help += " (default: %(default)s)"
+        group.add_argument(flag, help=help, **options)
+
+    return add
+
+
+WHOLE, POSITIVE, REAL, SHARE = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
+
+
+def add_shared_flags(parser, add, out: str):
+    """The flags that intrada.py and bcl.py have in common: run, data, network and speed."""
+    g = parser.add_argument_group("run")
+    add(g, "--out", "folder of this run's files", type=Path, default=Path(out))
+    add(g, "--resume", "continue an unfinished run from its last.pth", action="store_true")
+    add(g, "--overwrite", "start over where --out holds another run", action="store_true")
+    add(g, "--eval-every", "iterations between evaluations, 0: only at the end", type=WHOLE)
+    add(g, "--save-every", "iterations between saves of last.pth", type=POSITIVE)
+    add(g, "--log-every", "iterations between records in log.jsonl", type=POSITIVE)
+    add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=WHOLE, default=0)
+
+    g = parser.add_argument_group("data")
+    add(g, "--data-root", "folder that holds GTA5/, Cityscapes/, SYNTHIA/, Synscapes/; without it the demo runs", type=Path)
+    add(g, "--source", "labelled domain", choices=("gta5", "synthia", "synscapes", "folder"), default="gta5")
+    add(g, "--target", "unlabelled domain", choices=("cityscapes", "folder"), default="cityscapes")
+    add(g, "--source-root", "the source's own folder, if not under --data-root", type=Path)
+    add(g, "--target-root", "the target's own folder, if not under --data-root", type=Path)
+    add(g, "--num-classes", "C; other than 19 needs --source folder and --target folder", type=number(int, 2, 255), default=19)
+
+    g = parser.add_argument_group("network")
+    add(g, "--init", "initial weights: imagenet, none (random) or a weight file")
+    add(g, "--layers", "blocks per ResNet stage", type=layers)
+    add(g, "--width", "channels of the stem, and of D's first layer", type=POSITIVE)
+    add(g, "--bn", "statistics BatchNorm uses in training: the batch's (the papers) or the running ones", choices=("batch", "running"))
+    add(g, "--lr-backbone-mult", "factor on the learning rate for the backbone: 3 is what the released code does, 1 the paper's text", type=REAL, default=3.0)
+    add(g, "--lr-head-mult", "factor on the learning rate for the heads", type=REAL, default=10.0)
+
+    g = parser.add_argument_group("speed")
+    add(g, "--workers", "processes that read images", type=WHOLE)
+    add(g, "--device", "cpu or cuda; cuda if there is one", choices=("cpu", "cuda"))
+
+
+def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Namespace:
+    """Parse, fill in the paper's or the demo's defaults, check what concerns more than one flag."""
+    args = parser.parse_args()
+    args.demo = not (args.data_root or args.source_root or args.target_root)
+    for name, (paper, demo) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, demo if args.demo else paper)
+    if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
+        raise UserError("--num-classes other than 19 needs --source folder and --target folder")
+    if args.init == "imagenet" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
+        raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
+    return args
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = flag_adder(DEFAULTS)
+    g = parser.add_argument_group("stages")
+    add(g, "--stage", "1 inter-domain, 2 ranking and pseudo labels, 3 intra-domain", choices=("1", "2", "3", "all"), default="all")
+    add(g, "--ckpt", "stage 2: rank with this checkpoint instead of stage 1's", type=Path)
+    add(g, "--select", "checkpoint handed from stage to stage; best is chosen on validation labels (an oracle)", choices=("last", "best"), default="last")
+
+    g = parser.add_argument_group("schedule")
+    add(g, "--source-size", "source images are resized to WxH (paper: 1280x720, SYNTHIA 1280x760); stage 3 uses --target-size", type=size)
+    add(g, "--target-size", "target images are resized to WxH", type=size)
+    add(g, "--batch-size", "images per iteration, of each domain", type=POSITIVE)
+    add(g, "--warmup-iters", "source-only iterations that make the initial weights of stages 1 and 3", type=WHOLE)
+    add(g, "--warmup-lr", "learning rate of the warm-up, whose poly schedule ends with it", type=REAL)
+    add(g, "--max-iters", "horizon of the poly schedule lr (1 - it/max)^0.9", type=POSITIVE)
+    add(g, "--stop-iters", "iterations really trained (paper: 120000, from SYNTHIA 90000)", type=POSITIVE)
+    add(g, "--lr", "SGD learning rate of G", type=REAL)
+    add(g, "--lr-d", "Adam learning rate of the discriminators", type=REAL)
+
+    g = parser.add_argument_group("method")
+    add(g, "--lambda-seg-aux", "weight of the auxiliary cross-entropy", type=REAL, default=0.1)
+    add(g, "--lambda-adv-main", "weight of the adversarial loss on the main head; both 0: source only", type=REAL, default=0.001)
+    add(g, "--lambda-adv-aux", "weight of the adversarial loss on the auxiliary head", type=REAL, default=0.0002)
+    add(g, "--ratio", "λ, share of easy images; 0.67 is the paper's best, 1 is self-training alone", type=SHARE, default=0.67)
+    add(g, "--normalize-entropy", "rank by entropy x ((11 - rare classes)/11 + 0.5), the paper's best row", action=argparse.BooleanOptionalAction, default=False)
+
+    add_shared_flags(parser, add, "runs/intrada")
+    args = finish_args(parser, DEFAULTS)
+    args.source_size = args.source_size or SOURCE_SIZES[args.source]
+    args.stop_iters = args.stop_iters or min(args.max_iters, 90_000 if args.source == "synthia" else 120_000)
+    if args.stop_iters > args.max_iters:
+        raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}, where the learning rate is 0")
+    if args.num_classes != 19 and args.normalize_entropy:
+        raise UserError("--normalize-entropy counts 11 rare classes of the 19: it needs --num-classes 19")
+    return args
+
+
+# ---------------------------------------------------------------- the method's maths
+
+
+def self_information(logits: Tensor) -> Tensor:
+    """Weighted self-information maps I = -P log P / log C (AdvEnt eq. 2): logits (B,C,H,W) to (B,C,H,W) in [0, 1].
+
+    Their sum over C is the normalised entropy of a pixel. Finite, with finite gradient, for any logits.
+    """
+    log_p = logits.log_softmax(1)  # (B, C, H, W)
+    return -log_p.exp() * log_p / math.log(logits.shape[1])
+
+
+def Discriminator(num_classes: int, width: int = 64) -> nn.Sequential:
+    """D of AdvEnt: maps I (B,C,H,W) to domain logits (B,1,H/32,W/32), below 0 for source and above for target."""
+    channels = [num_classes, width, 2 * width, 4 * width, 8 * width]
+    steps = []
+    for i in range(4):
+        steps += [nn.Conv2d(channels[i], channels[i + 1], 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+    return nn.Sequential(*steps, nn.Conv2d(channels[4], 1, 4, stride=2, padding=1))
+
+
+SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
+
+
+def domain_loss(domain_logits: Tensor, domain: float) -> Tensor:
+    """Binary cross-entropy of D's logits (any shape) with one domain label for all of them: a scalar >= 0."""
+    return F.binary_cross_entropy_with_logits(domain_logits, torch.full_like(domain_logits, domain))
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, mean over the labelled pixels: logits (B,C,H,W), labels (B,H,W) with 255 = ignore. 0 if none is."""
+    total = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="sum")
+    return total / (labels != common.IGNORE).sum().clamp(min=1)
+
+
+def upsample(logits: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(logits, (height, width), mode="bilinear", align_corners=True)  # (B, C, h, w) -> (B, C, H, W)
+
+
+RARE_CLASSES = (3, 4, 5, 6, 7, 9, 12, 14, 15, 16, 17)  # wall fence pole light sign terrain rider truck bus train motorcycle
+
+
+def rarity_factor(classes: set) -> float:
+    """(11 - r)/11 + 0.5, r = rare classes among the predicted trainIds: images rich in rare classes rank as easier."""
+    return (11 - len(classes & set(RARE_CLASSES))) / 11 + 0.5
+
+
+# ---------------------------------------------------------------- stages 1 and 3: adversarial training
+
+
+def train(args, name: str, source, target, validation, initial, iters: int, horizon: int, lr: float) -> dict:
+    """Train G on labelled `source` while aligning its entropy maps on `target` (None: source only) with the source's.
+
+    source, target, validation are datasets, initial a weight file or dict or None; files go to <out>/<name>/. Returns
+    the scores of the last evaluation.
+    """
+    device, folder = common.choose_device(args.device), args.out / name
+    common.seed_everything(args.seed)
+    G = common.DeepLabV2(args.num_classes, args.layers, args.width)
+    report = common.load_weights(G, initial) if initial is not None else "random initial weights"
+    D_main, D_aux = Discriminator(args.num_classes, args.width), Discriminator(args.num_classes, args.width)
+    nets = nn.ModuleDict({"D_main": D_main, "D_aux": D_aux}).to(device)
+    G.to(device)
+    g_params, d_params = [p for p in G.parameters() if p.requires_grad], list(nets.parameters())
+    g_optimizer = torch.optim.SGD(G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult), lr=lr, momentum=0.9, weight_decay=5e-4)
+    d_optimizer = torch.optim.Adam(d_params, lr=args.lr_d, betas=(0.9, 0.99))
+
+    config = training_config(args, name, iters, horizon, lr)
+    start, best, result = 0, -1.0, None
+    state = common.resume_state(folder, config, iters, args.resume, args.overwrite)
+    if state:
+        start, best, result = state["iter"], state["best"], state["scores"]
+        if start >= iters:
+            print(f"{name}: already trained, {folder / 'last.pth'}")
+            return result
+        G.load_state_dict(state["model"])
+        nets.load_state_dict(state["discriminators"])
+        g_optimizer.load_state_dict(state["g_optimizer"])
+        d_optimizer.load_state_dict(state["d_optimizer"])
+    log = common.RunLog(folder / "log.jsonl", {"event": "start", "stage": name, "weights": str(report), "args": vars(args)}, start)
+    print(f"{name}: {len(source)} labelled images, {len(target) if target else 'no'} target images, {report}")
+
+    batches = common.training_batches
+    source_batches = batches(source, args.batch_size, args.seed, start, iters, args.workers, device)
+    target_batches = target and batches(target, args.batch_size, args.seed + 1, start, iters, args.workers, device)
+    common.set_mode(G, args.bn)
+    clock, waited = time.perf_counter(), 0.0
+    for it in range(start, iters):
+        decay = (1 - it / horizon) ** 0.9
+        for group in g_optimizer.param_groups:
+            group["lr"] = lr * decay * group["lr_mult"]
+        for group in d_optimizer.param_groups:
+            group["lr"] = args.lr_d * decay
+        g_optimizer.zero_grad(set_to_none=True)
+        d_optimizer.zero_grad(set_to_none=True)
+        waiting = time.perf_counter()
+        source_batch, target_batch = next(source_batches), target and next(target_batches)
+        waited += time.perf_counter() - waiting
+
+        # -------- G on source: L_seg = CE(main) + 0.1 CE(aux)
+        labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
+        prediction = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
+        source_main = upsample(prediction.main, *labels.shape[1:])
+        source_aux = upsample(prediction.aux, *labels.shape[1:])
+        loss_seg_main = segmentation_loss(source_main, labels)
+        loss_seg_aux = segmentation_loss(source_aux, labels)
+        loss_seg = loss_seg_main + args.lambda_seg_aux * loss_seg_aux
+        loss_seg.backward()
+
+        if target:
+            # -------- G on target: its maps should look like the source's. L_adv = 0.001 BCE(D(I_t), source) + aux
+            images = common.normalize(target_batch["image"].to(device, non_blocking=True))
+            prediction = G(images)
+            target_main = D_main(self_information(upsample(prediction.main, *images.shape[2:])))
+            target_aux = D_aux(self_information(upsample(prediction.aux, *images.shape[2:])))
+            loss_adv_main = domain_loss(target_main, SOURCE)
+            loss_adv_aux = domain_loss(target_aux, SOURCE)
+            loss_adv = args.lambda_adv_main * loss_adv_main + args.lambda_adv_aux * loss_adv_aux
+            loss_adv.backward(inputs=g_params, retain_graph=True)  # D stays as it is
+
+            # -------- D tells the domains apart: 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target), on both heads
+            maps_main, maps_aux = self_information(source_main.detach()), self_information(source_aux.detach())
+            loss_d_main = (domain_loss(D_main(maps_main), SOURCE) + domain_loss(target_main, TARGET)) / 2
+            loss_d_aux = (domain_loss(D_aux(maps_aux), SOURCE) + domain_loss(target_aux, TARGET)) / 2
+            (loss_d_main + loss_d_aux).backward(inputs=d_params)  # G stays as it is
+            d_optimizer.step()
+        g_optimizer.step()
+        # -------- end of the method; everything below reports and saves
+
+        done = it + 1
+        if done % args.log_every == 0 or done == iters:
+            terms = {"loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux}
+            if target:
+                terms.update(loss_adv_main=loss_adv_main, loss_adv_aux=loss_adv_aux, loss_d_main=loss_d_main, loss_d_aux=loss_d_aux)
+            terms = {key: value.item() for key, value in terms.items()}
+            common.refuse_non_finite(terms, done, source_batch["name"] + (target_batch["name"] if target else []))
+            steps, seconds = (done - 1) % args.log_every + 1, time.perf_counter() - clock
+            rate = min(steps, done - start) / seconds
+            log.write(iter=done, **terms, lr=lr * decay, seconds=seconds, data_seconds=waited, it_per_s=rate)
+            losses = "  ".join(f"{key[5:]} {value:.3f}" for key, value in terms.items())
+            log.show(f"{name} {done}/{iters}  {losses}  {rate:.2f} it/s  {(iters - done) / rate / 60:.1f} min left", done == iters)
+            clock, waited = time.perf_counter(), 0.0
+        evaluating = validation and (done == iters or (args.eval_every and done % args.eval_every == 0))
+        if evaluating:
+            outcome = common.evaluate([G], validation, device, args.workers)
+            common.set_mode(G, args.bn)
+            result = {key: value for key, value in outcome.items() if key != "confusion"}
+            log.write(iter=done, event="evaluation", **result)
+            mean = result[f"miou{args.num_classes}"]
+            log.show(f"{name} {done}/{iters}  mIoU {mean:.1f} on {result['images']} validation images", True)
+            if mean > best:
+                best = mean
+                common.save_checkpoint(folder / "best.pth", G, iter=done, scores=result, oracle=True)
+            clock = time.perf_counter()
+        if evaluating or done == iters or done % args.save_every == 0:
+            common.save_checkpoint(
+                folder / "last.pth", G, discriminators=nets.state_dict(), g_optimizer=g_optimizer.state_dict(),
+                d_optimizer=d_optimizer.state_dict(), iter=done, best=best, scores=result, config=config,
+            )  # fmt: skip
+    log.close()
+    return result
+
+
+def training_config(args, name: str, *schedule) -> dict:
+    """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
+    indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "eval_every", "save_every", "log_every", "workers", "device"}
+    if name != "stage3":
+        indifferent |= {"ratio", "normalize_entropy"}
+    if name == "warmup":  # shared by runs that differ only in what comes after it
+        indifferent |= {"lr", "lr_d", "stop_iters", "max_iters", "lambda_adv_main", "lambda_adv_aux"}
+    return {**{key: str(value) for key, value in vars(args).items() if key not in indifferent}, "schedule": str(schedule)}
+
+
+# ---------------------------------------------------------------- stage 2: ranking, split, pseudo labels
+
+
+@torch.no_grad()
+def rank(args, checkpoint: Path, images: dict):
+    """R(X) = mean over pixels and classes of I (main head, eval mode); the floor(λN) images of lowest R are easy.
+
+    Writes <out>/stage2/: ranking.csv (name, entropy, normalized_entropy, split; sorted), easy.txt, hard.txt, and for the
+    easy images labels/<name>.png (trainIds, argmax without threshold) and colour/<name>.png.
+    """
+    device, folder = common.choose_device(args.device), args.out / "stage2"
+    G, report = common.build_model(checkpoint)
+    if G.num_classes != args.num_classes:
+        raise UserError(f"{checkpoint} predicts {G.num_classes} classes: give --num-classes {G.num_classes}")
+    G.to(device).eval()
+    print(f"stage 2: ranking {len(images)} target images with {checkpoint}, {report}")
+    palette, rows = common.palette_for(args.num_classes), []
+    (width, height), start = args.target_size, time.perf_counter()
+    dataset = common.Images(images, args.target_size)
+    for item in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers):
+        logits = G(common.normalize(item["image"][None].to(device))).main
+        label, entropy = torch.empty(height, width, dtype=torch.uint8, device=device), 0.0
+        for first, block in common.upsample_blocks(logits, args.target_size):
+            label[first : first + block.shape[2]] = block[0].argmax(0)
+            entropy = entropy + self_information(block).sum(dtype=torch.float64)
+        entropy = entropy.item() / (args.num_classes * height * width)
+        label = label.cpu().numpy()
+        factor = rarity_factor(set(label.flat)) if args.num_classes == 19 else 1.0
+        rows.append({"name": item["name"], "entropy": entropy, "normalized_entropy": entropy * factor})
+        common.write_png(folder / "labels" / f"{item['name']}.png", label)
+        common.write_png(folder / "colour" / f"{item['name']}.png", label, palette)
+    rows.sort(key=lambda row: (row["normalized_entropy" if args.normalize_entropy else "entropy"], row["name"]))
+    easy = math.floor(args.ratio * len(rows) + 1e-9)  # 0.29 * 100 is 28.999...
+    for i, row in enumerate(rows):
+        row["split"] = "easy" if i < easy else "hard"
+        if i >= easy:
+            for kind in ("labels", "colour"):
+                (folder / kind / f"{row['name']}.png").unlink()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    for split in ("easy", "hard"):
+        common.write_text(folder / f"{split}.txt", "".join(f"{row['name']}\n" for row in rows if row["split"] == split))
+    common.write_text(folder / "ranking.csv", table.getvalue())
+    print(f"stage 2: {easy} easy, {len(rows) - easy} hard images in {time.perf_counter() - start:.0f} s, {folder / 'ranking.csv'}")
+
+
+def read_split(args, images: dict) -> tuple:
+    """Stage 2's result: ({name: (image, pseudo label)} of the easy images, {name: image} of the hard ones)."""
+    folder, names = args.out / "stage2", {}
+    for split in ("easy", "hard"):
+        if not (folder / "ranking.csv").exists():
+            raise UserError(f"no {folder / 'ranking.csv'}: run intrada.py --stage 2 --out {args.out} first")
+        names[split] = (folder / f"{split}.txt").read_text().splitlines()
+    unknown = [name for name in names["easy"] + names["hard"] if name not in images]
+    if unknown:
+        raise UserError(f"{folder} ranks {unknown[0]}, which is no target image: run --stage 2 again on this target")
+    if not names["easy"]:
+        raise UserError("the easy split is empty: raise --ratio and run --stage 2 again")
+    easy = {name: (images[name], folder / "labels" / f"{name}.png") for name in names["easy"]}
+    return easy, {name: images[name] for name in names["hard"]}
+
+
+# ---------------------------------------------------------------- main
+
+
+def main():
+    args = parse_args()
+    common.choose_device(args.device)
+    if args.demo:
+        print("Demo: built-in street scenes, a small network and a short schedule. For real data: --data-root DIR (see README).")
+        args.data_root = common.demo_scenes(args.source)
+    C, columns = args.num_classes, {}
+    # Every input is looked at before anything is trained or fetched.
+    target_root = common.dataset_root(args.target, args.data_root, args.target_root)
+    target_images = common.list_images(args.target, target_root, "train")
+    validation = common.validation_set(args.target, target_root, C, args.target_size)
+    source = None
+    if args.stage != "2":
+        source_root = common.dataset_root(args.source, args.data_root, args.source_root)
+        source = common.Labelled(common.list_pairs(args.source, source_root), args.source, C, args.source_size, seed=args.seed)
+        source[0]
+
+    def initial_weights():
+        """Path or content of the weights that stages 1 and 3 both start from; None for random ones."""
+        weights = {"none": None, "imagenet": "imagenet"}.get(args.init, args.init)
+        weights = common.imagenet_weights() if weights == "imagenet" else weights
+        if not args.warmup_iters:
+            return weights
+        columns["warm-up"] = train(args, "warmup", source, None, validation, weights, args.warmup_iters, args.warmup_iters, args.warmup_lr)
+        return args.out / "warmup" / "last.pth"
+
+    adversarial = args.lambda_adv_main > 0 or args.lambda_adv_aux > 0
+    if args.stage in ("1", "all"):
+        target = common.Images(target_images, args.target_size) if adversarial else None
+        columns["stage 1"] = train(args, "stage1", source, target, validation, initial_weights(), args.stop_iters, args.max_iters, args.lr)
+    if args.stage in ("2", "all"):
+        checkpoint = args.ckpt or args.out / "stage1" / f"{args.select}.pth"
+        if not checkpoint.exists():
+            raise UserError(f"no {checkpoint}: run intrada.py --stage 1 --out {args.out} first, or name a checkpoint with --ckpt")
+        rank(args, checkpoint, target_images)
+    if args.stage in ("3", "all"):
+        easy, hard = read_split(args, target_images)
+        easy = common.Labelled(easy, "folder", C, args.target_size, seed=args.seed)
+        hard = common.Images(hard, args.target_size) if hard and adversarial else None  # λ = 1: self-training alone
+        columns["stage 3"] = train(args, "stage3", easy, hard, validation, initial_weights(), args.stop_iters, args.max_iters, args.lr)
+    columns = {name: result for name, result in columns.items() if result}
+    if columns:
+        print(f"\nIoU in percent on {next(iter(columns.values()))['images']} validation images, last checkpoint of each stage:")
+        print(common.score_table(columns))
+
+
+if __name__ == "__main__":
+    common.run(main)
