@@ -47,7 +47,7 @@ from intrada import (
 # flag: (paper, demo)
 DEFAULTS = {
     "init": ("imagenet", "none"),
-    "layers": ((3, 4, 23, 3), (2, 2, 2, 2)),
+    "layers": ((3, 4, 23, 3), (1, 1, 1, 1)),
     "width": (64, 16),
     "target_size": ((1024, 512), (256, 128)),
     "short_side": (850, 128),
@@ -56,12 +56,14 @@ DEFAULTS = {
     "warmup_short_side": (720, 128),
     "warmup_crop": (600, 128),
     "batch_size": (2, 2),
-    "warmup_iters": (40_000, 600),
-    "warmup_lr": (2.5e-4, 5e-3),
+    "warmup_iters": (40_000, 800),
+    "warmup_lr": (2.5e-4, 1e-2),
     "rounds": (6, 2),
     "round_iters": (10_000, 200),
     "lr": (7.5e-5, 2e-3),
     "bn": ("batch", "batch"),
+    "lr_backbone_mult": (3.0, 3.0),
+    "lr_head_mult": (10.0, 0.3),
     "eval_every": (2_000, 100),
     "save_every": (1_000, 100),
     "log_every": (50, 20),
@@ -382,7 +384,7 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
     transform = augment(short_side, args.scales, crop, args.flip)
     source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
 
-    clock, waited = time.perf_counter(), 0.0
+    meter, stop = common.Meter(start), common.StopSignal()
     for it in range(start, total):
         round_, step = divmod(it, iters)
         if it == start or step == 0:  # a new round, or the one to be gone on with
@@ -394,20 +396,19 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
                     thresholds = make_static_labels(args, G, target_images, labels_folder, device)
                     if validation:
                         statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device)
-                        log.write(iter=it, event="labels", round=round_, thresholds=thresholds.tolist(), **statistics)
+                        log.write(iter=it + 1, event="labels", round=round_, thresholds=thresholds.tolist(), **statistics)
                         text = "  ".join(f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
                         log.show(f"round {round_}: labels on val: {text}", True)
                 static_pairs = {n: (image, labels_folder / "labels" / f"{n}.png") for n, image in target_images.items()}
                 target = common.Labelled(static_pairs, "folder", C, transform=transform, seed=args.seed + 1)
                 target_batches = common.training_batches(target, args.batch_size, args.seed + 1, it, stop, args.workers, device)
             common.set_mode(G, args.bn)
+            meter.restart()
         lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        waiting = time.perf_counter()
-        source_batch = next(source_batches)
-        target_batch = None if warmup else next(target_batches)
-        waited += time.perf_counter() - waiting
+        with meter.waiting():
+            source_batch, target_batch = next(source_batches), None if warmup else next(target_batches)
 
         # -------- source: features f_S (B,D,h,w), logits (B,C,H,W), ground truth y_S
         y_source_full = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
@@ -458,16 +459,15 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
         # -------- end of the method; everything below reports and saves
 
         done = it + 1
-        if done % args.log_every == 0 or done == total:
+        evaluating = validation and (done == total or (args.eval_every and done % args.eval_every == 0))
+        saving = evaluating or step + 1 == iters or done % args.save_every == 0 or stop.number
+        if saving or done % args.log_every == 0:
             terms = {key: value.item() for key, value in {**terms, "loss": loss}.items()}
             common.refuse_non_finite(terms, done, source_batch["name"] + ([] if warmup else target_batch["name"]))
-            seconds, steps = time.perf_counter() - clock, min((done - 1) % args.log_every + 1, done - start)
-            rate = steps / seconds
-            log.write(iter=done, round=round_, **terms, lr=lr, seconds=seconds, data_seconds=waited, it_per_s=rate)
+            speed = meter.read(done)
+            log.write(iter=done, round=round_, **terms, lr=lr, **speed)
             losses = "  ".join(f"{key[5:]} {value:.3f}" for key, value in terms.items() if key != "loss")
-            log.show(f"{name} {done}/{total}  {losses}  {rate:.2f} it/s  {(total - done) / rate / 60:.1f} min left", done == total)
-            clock, waited = time.perf_counter(), 0.0
-        evaluating = validation and (done == total or (args.eval_every and done % args.eval_every == 0))
+            log.show(f"{name} {done}/{total}  {losses}  {meter.eta(total)}", done == total)
         if evaluating:
             outcome = common.evaluate([G], validation, device, args.workers)
             common.set_mode(G, args.bn)
@@ -478,13 +478,15 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
             if mean > best:
                 best = mean
                 common.save_checkpoint(folder / "best.pth", G, iter=done, scores=result, oracle=True)
-            clock = time.perf_counter()
-        if evaluating or step + 1 == iters or done % args.save_every == 0:
+        if saving:
             common.save_checkpoint(
-                folder / "last.pth", G, optimizer=optimizer.state_dict(), ema_source=ema_source.state_dict(), ema_target=ema_target.state_dict(),
-                iter=done, best=best, scores=result, config=config,
+                folder / "last.pth", G, optimizer=optimizer.state_dict(), ema_source=ema_source.state_dict(),
+                ema_target=ema_target.state_dict(), iter=done, best=best, scores=result, config=config,
             )  # fmt: skip
+            meter.restart()  # evaluating and saving do not count as training time
+        stop.leave()
     log.close()
+    stop.close()
     return result
 
 

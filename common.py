@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -91,6 +92,19 @@ def write_png(path, array: np.ndarray, palette=None):
         image.save(file, format="PNG")
 
 
+def write_grid(path, titles: list, rows: list, width: int = 256):
+    """A PNG of pictures (H,W,3) uint8 in rows, one title over each column; every picture is scaled to `width` pixels."""
+    pictures = [[Image.fromarray(p).resize((width, round(width * p.shape[0] / p.shape[1]))) for p in row] for row in rows]
+    gap, head = 4, 18
+    heights = [max(picture.height for picture in row) + gap for row in pictures]
+    sheet = Image.new("RGB", (len(titles) * (width + gap) - gap, head + sum(heights) - gap), "white")
+    for c, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((c * (width + gap) + 3, 3), title, fill="black")
+        for r, row in enumerate(pictures):
+            sheet.paste(row[c], (c * (width + gap), head + sum(heights[:r])))
+    write_png(path, np.asarray(sheet))
+
+
 # ---------------------------------------------------------------- 2 classes
 
 IGNORE = 255
@@ -128,6 +142,13 @@ def palette_for(num_classes: int) -> np.ndarray:
     """(num_classes, 3) uint8 colours: the Cityscapes palette for up to 19 classes, well spread fixed ones beyond."""
     extra = np.random.default_rng(0).integers(30, 256, (max(0, num_classes - 19), 3), dtype=np.uint8)
     return np.concatenate([PALETTE, extra])[:num_classes]
+
+
+def colour(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(H,W) trainIds to (H,W,3) uint8; 255 and whatever is not a class is black."""
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[:num_classes] = palette_for(num_classes)
+    return table[labels]
 
 
 def class_names(num_classes: int) -> tuple:
@@ -254,17 +275,28 @@ def upsample_blocks(logits: Tensor, size: tuple, rows: int = 0):
 # ---------------------------------------------------------------- 4 weight files
 
 
+# kind of file: heads that it may leave at their initial value
+WEIGHT_KINDS = {
+    "our checkpoint": ("layer5.",),  # BCL's networks have no auxiliary head
+    "AdvEnt / IntraDA checkpoint": (),
+    "BCL release": ("layer5.",),
+    "single-level DeepLab": ("layer5.",),
+    "initial weights (Scale.*)": ("layer5.", "layer6."),
+    "torchvision ResNet": ("layer5.", "layer6."),
+}
+
+
 class WeightReport(NamedTuple):
-    kind: str
+    kind: str  # one of WEIGHT_KINDS
     loaded: list  # names of the tensors taken from the file
     skipped: list  # names in the file that this network has no use for
     initialised: list  # names in the network that keep their initial value
 
     def __str__(self):
-        def count(names):
-            return f"{len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
+        def some(names):
+            return f"{len(names)}" + (f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "")
 
-        return f"{self.kind}: {len(self.loaded)} tensors loaded, skipped {count(self.skipped)}, kept initial {count(self.initialised)}"
+        return f"{self.kind}: loaded {len(self.loaded)} tensors, skipped {some(self.skipped)}, kept initial {some(self.initialised)}"
 
 
 def read_checkpoint(path) -> dict:
@@ -283,83 +315,74 @@ def read_checkpoint(path) -> dict:
 
 
 def parse_weights(content: dict, path="weights") -> tuple:
-    """(kind, state dict under our names, skipped names) of any of the six kinds of file, told apart by content."""
-    for key in ("model", "state_dict"):
-        while isinstance(content.get(key), dict):
-            ours = content.get("format") == FORMAT
-            content = content[key]
-            if ours:
-                return "our checkpoint", dict(content), []
+    """(kind, state dict under our names, skipped names) of any of the WEIGHT_KINDS, told apart by content alone."""
+    ours = content.get("format") == FORMAT
+    for key in ("model", "state_dict", "model", "state_dict"):  # containers, also one in the other
+        content = content[key] if isinstance(content.get(key), dict) else content
     state = {}
     for name, value in content.items():
-        while str(name).startswith(("module.", "_orig_mod.")):
+        while name.startswith(("module.", "_orig_mod.")):
             name = name.split(".", 1)[1]
         if isinstance(value, Tensor):
-            state[str(name)] = value
-    if not state:
-        raise UserError(f"{path} holds no tensors: bring a checkpoint of a DeepLab-V2")
+            state[name] = value
 
-    def split(drop):  # -> (kept, names of the dropped)
-        return {k: v for k, v in state.items() if not drop(k)}, [k for k in state if drop(k)]
+    def without(*prefixes):
+        dropped = [name for name in state if name.startswith(prefixes)]
+        return {name: value for name, value in state.items() if name not in dropped}, dropped
+
+    def layer5_as_main(state):
+        return {name.replace("layer5.", "layer6."): value for name, value in state.items()}
 
     def head_channels(layer):
         weight = state.get(f"{layer}.conv2d_list.0.weight")
-        return None if weight is None or weight.dim() != 4 else weight.shape[1]
+        return weight.shape[1] if weight is not None and weight.dim() == 4 else 0
 
-    if all(name.startswith("Scale.") for name in state):
-        kept, skipped = split(lambda k: k.startswith("Scale.layer5."))
-        return "initial weights (Scale.*)", {k[6:]: v for k, v in kept.items()}, skipped
-    if "fc.weight" in state:
-        kept, skipped = split(lambda k: k.startswith("fc."))
+    aux, main = head_channels("layer5"), head_channels("layer6")
+    if ours:
+        return "our checkpoint", state, []
+    if state and all(name.startswith("Scale.") for name in state):
+        kept, skipped = without("Scale.layer5.")
+        return "initial weights (Scale.*)", {name[len("Scale.") :]: value for name, value in kept.items()}, skipped
+    if "fc.weight" in state and "conv1.weight" in state:
+        kept, skipped = without("fc.")
         # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means agree to one grey level.
         std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-        kept["conv1.weight"] = (kept["conv1.weight"] / (255 * std)).flip(1)
-        return "torchvision ResNet", kept, skipped
+        return "torchvision ResNet", {**kept, "conv1.weight": (kept["conv1.weight"] / (255 * std)).flip(1)}, skipped
     if any(name.startswith("target_conv1.") for name in state):
-        stem = {k[7:]: v for k, v in state.items() if k.startswith("target_")}
-        kept, skipped = split(lambda k: k.startswith(("target_", "layer6.")) or k in stem)
-        skipped = [k for k in skipped if not k.startswith("target_")]
-        return "BCL release", _layer5_is_main({**kept, **stem}), skipped
-    if head_channels("layer6") is None and head_channels("layer5"):
-        return "single-level DeepLab", _layer5_is_main(state), []
-    if head_channels("layer6") and head_channels("layer5") and head_channels("layer6") == 2 * head_channels("layer5"):
-        return "AdvEnt / IntraDA", state, []
-    raise UserError(f"{path} is no weight file this project knows (first key: {next(iter(state))}): see README, weights")
-
-
-def _layer5_is_main(state: dict) -> dict:
-    return {k.replace("layer5.", "layer6.", 1) if k.startswith("layer5.") else k: v for k, v in state.items()}
+        stem = {name[len("target_") :]: value for name, value in state.items() if name.startswith("target_")}
+        kept, skipped = without("target_", "layer6.", *stem)
+        return "BCL release", layer5_as_main({**kept, **stem}), [name for name in skipped if not name.startswith("target_")]
+    if aux and main == 2 * aux:
+        return "AdvEnt / IntraDA checkpoint", state, []
+    if aux and not main:
+        return "single-level DeepLab", layer5_as_main(state), []
+    raise UserError(f"{path} is none of the weight files this project knows (see README): bring one of a DeepLab-V2 on ResNet")
 
 
 def load_weights(model: DeepLabV2, source) -> WeightReport:
     """Load a weight file (a path, or its content as a dict) into the network; says what was loaded, skipped and kept.
 
-    Checkpoints with heads must fit exactly; initial weights (Scale.*, torchvision) leave the heads as initialised.
-    Raises UserError if the file is unreadable, of another architecture or class count, or leaves the trunk unloaded.
+    Only the heads that WEIGHT_KINDS names may keep their initial value. Raises UserError if the file is unreadable, of
+    another architecture or class count, or lacks anything else (num_batches_tracked apart).
     """
     path = "weights" if isinstance(source, dict) else source
     kind, state, skipped = parse_weights(source if isinstance(source, dict) else read_checkpoint(source), path)
+    if model.layer5 is None:
+        skipped = skipped + [name for name in state if name.startswith("layer5.")]
+        state = {name: value for name, value in state.items() if not name.startswith("layer5.")}
     own = model.state_dict()
-    for name in [n for n in state if n.startswith("layer5.") and model.layer5 is None]:
-        skipped.append(name)
-        del state[name]
-    heads_missing = tuple(h for h in ("layer5.", "layer6.") if not any(n.startswith(h) for n in state))
-    if kind in ("our checkpoint", "AdvEnt / IntraDA") and model.layer5 is not None and kind != "our checkpoint":
-        heads_missing = ()
-    kept = [n for n in own if n not in state and (n.startswith(heads_missing or "-") or n.endswith("num_batches_tracked"))]
-    missing = [n for n in own if n not in state and n not in kept]
-    unknown = [n for n in state if n not in own]
-    wrong = [n for n in state if n in own and state[n].shape != own[n].shape]
-    if missing or unknown or wrong:
-        name = (wrong or missing or unknown)[0]
-        found = f"{tuple(state[name].shape)}" if name in state else "nothing"
-        wanted = f"{tuple(own[name].shape)}" if name in own else "nothing"
+    absent = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    initialised = [name for name in absent if name.startswith(WEIGHT_KINDS[kind])] if WEIGHT_KINDS[kind] else []
+    wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
+    wrong += [name for name in absent if name not in initialised]
+    if wrong:
+        found, wanted = (tuple(d[wrong[0]].shape) if wrong[0] in d else "missing" for d in (state, own))
         raise UserError(
-            f"{path} ({kind}) does not fit the network: {name} is {found} in the file and {wanted} here;"
-            f" check --num-classes ({model.num_classes}), --layers {model.layers} and --width ({model.width})"
+            f"{path} ({kind}) does not fit: {wrong[0]} is {found} in the file and {wanted} in the network;"
+            f" check --num-classes {model.num_classes}, --layers {','.join(map(str, model.layers))}, --width {model.width}"
         )
-    model.load_state_dict({**{n: own[n] for n in kept}, **state})
-    return WeightReport(kind, list(state), skipped, [n for n in kept if not n.endswith("num_batches_tracked")])
+    model.load_state_dict({**own, **state})
+    return WeightReport(kind, list(state), skipped, initialised)
 
 
 def build_model(path) -> tuple:
@@ -599,10 +622,14 @@ class EndlessSampler(Sampler):
 
 def training_batches(dataset: Dataset, batch: int, seed: int, start: int, stop: int, workers: int, device):
     """Iterator over the batches of iterations start..stop-1: {"name", "image", ("label")}, a fixed order per seed."""
-    sampler = EndlessSampler(len(dataset), seed, start, stop, batch)
-    return iter(
-        DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    )
+    sampler, pin = EndlessSampler(len(dataset), seed, start, stop, batch), device.type == "cuda"
+    return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
+
+
+def leave_signals(worker: int):
+    """In a reading process: an interrupt is the training process's business, SIGTERM ends the reader as usual."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------- 7 evaluation
@@ -705,6 +732,59 @@ def save_checkpoint(path, model: DeepLabV2, **state):
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free the disk or choose another --out")
 
 
+class Meter:
+    """Speed of a training loop: iterations, seconds and the wait for data since the last reading."""
+
+    def __init__(self, iteration: int):
+        self.last = iteration
+        self.restart()
+
+    def restart(self):
+        self.clock, self.waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def read(self, iteration: int) -> dict:
+        seconds = time.perf_counter() - self.clock
+        self.rate = max(iteration - self.last, 1) / seconds
+        speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": self.rate}
+        if torch.cuda.is_available():
+            speed["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        self.last = iteration
+        self.restart()
+        return speed
+
+    def eta(self, iterations: int) -> str:
+        return f"{self.rate:.2f} it/s  {(iterations - self.last) / self.rate / 60:.1f} min left"
+
+
+class StopSignal:
+    """While open, SIGTERM and SIGINT set `number`, so that a loop can save before it leaves; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print("\nstopping: one more iteration, then a save; --resume goes on from there", file=sys.stderr, flush=True)
+
+    def leave(self):
+        """Exit with 143 or 130 if a signal came."""
+        if self.number:
+            sys.exit(128 + self.number)
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 class RunLog:
     """JSON lines in a file, one record a line, flushed; and a line on the terminal, live where it is a terminal."""
 
@@ -777,21 +857,22 @@ def validation_set(kind: str, root, num_classes: int, size):
 
 
 def demo_scenes(source: str) -> Path:
-    """data/scenes with the built-in scenes, drawn on first use (about 10 s)."""
-    root = Path("data/scenes")
+    """The folder of built-in scenes with this source domain; drawn on first use (some 10 s)."""
+    root = Path("data/scenes" if source in ("gta5", "folder") else f"data/scenes-{source}")
     if not root.exists():
-        print(f"drawing the built-in street scenes into {root} ...")
-        write_scenes(root)
+        print(f"drawing the built-in street scenes into {root} ...", flush=True)
+        write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
     return root
+
 
 # Both domains draw the same geometry; they differ only in GAP, HARD and PAINT. Lengths are fractions of the width,
 # opacities and amplitudes fractions of 1.
 VARIETY = dict(surface=0.15, light=0.20, tint=0.06)  # spread between the images of either domain; more: a smaller gap
-GAP = dict(palette=0.45,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
+GAP = dict(palette=0.3,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
            desaturate=0.25, contrast=0.87, cast=(1.03, 1.0, 0.88),  # grey share; gain about mid-grey; gain of R, G, B
            texture=0.7, blur=0.0015, noise=0.02, source_noise=0.006)  # texture: relative to source
 HARD = dict(share=0.4, kinds=("fog", "night", "rain"),  # share of the target images; one kind each
-            fog=0.50, night=0.60, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
+            fog=0.40, night=0.60, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
             # In every hard image, local or directional, so that BatchNorm cannot undo it (plurals are counts):
             motion=0.008, shadow=0.4, shadows=2, glare=0.6, glares=1, dirt=0.4, dirts=3, drop=0.8, drops=5,
             noise=0.01)  # added to GAP's

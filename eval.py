@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import Subset
 
 import common
 from common import UserError
@@ -30,6 +31,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input-size", type=size, help="images are resized to WxH (default: 1024x512, built-in scenes 256x128)")
     parser.add_argument("--json", type=Path, help="write miou19, miou16, miou13, iou, confusion, images, seconds (percent; rows are labels)")
     parser.add_argument("--save-dir", type=Path, help="write <name>_colour.png and <name>_entropy.png for every image")
+    parser.add_argument("--panel", type=Path, help="write one picture with image, label and each checkpoint's own prediction of --rows images")
+    parser.add_argument("--rows", type=int, default=6, help="images in --panel, spread over the set (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     return parser.parse_args()
@@ -66,6 +69,22 @@ def picture_writer(folder: Path, num_classes: int):
     return write
 
 
+def write_panel(path: Path, checkpoints: list, models: list, dataset, rows: int, device):
+    """One PNG: a row per image, with columns image, label and the prediction of each model alone."""
+    chosen = sorted({round(i * (len(dataset) - 1) / max(rows - 1, 1)) for i in range(rows)})
+    columns = [[], []]
+    for index in chosen:
+        image, label = dataset.open(index)
+        columns[0].append(np.asarray(image))
+        columns[1].append(common.colour(np.asarray(label), dataset.num_classes))
+    for model in models:
+        predictions = []
+        keep = lambda name, logits, label, prediction: predictions.append(common.colour(prediction.cpu().numpy(), dataset.num_classes))  # noqa: E731
+        common.evaluate([model], Subset(dataset, chosen), device, on_image=keep)
+        columns.append(predictions)
+    common.write_grid(path, ["image", "label", *(str(checkpoint.parent.name) for checkpoint in checkpoints)], list(zip(*columns)))
+
+
 def main():
     args = parse_args()
     device = common.choose_device(args.device)
@@ -87,6 +106,8 @@ def main():
     result = common.evaluate(models, dataset, device, args.workers, pictures)
     print(f"\nIoU in percent, {args.target} {args.split}:\n{common.score_table({'IoU': result})}")
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
+    if args.panel:
+        write_panel(args.panel, paths, models, dataset, args.rows, device)
     if args.json:
         common.write_text(args.json, json.dumps({**result, "confusion": result["confusion"].tolist()}, indent=1) + "\n")
 

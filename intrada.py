@@ -40,12 +40,12 @@ from common import UserError
 # flag: (paper, demo). Both methods' constants in one place; --help shows them.
 DEFAULTS = {
     "init": ("imagenet", "none"),
-    "layers": ((3, 4, 23, 3), (2, 2, 2, 2)),
+    "layers": ((3, 4, 23, 3), (1, 1, 1, 1)),
     "width": (64, 16),
     "source_size": (None, (256, 128)),  # None: the paper's size for the dataset, see SOURCE_SIZES
     "target_size": ((1024, 512), (256, 128)),
     "batch_size": (1, 2),
-    "warmup_iters": (0, 600),
+    "warmup_iters": (0, 800),
     "max_iters": (250_000, 600),
     "stop_iters": (None, 300),  # None: 120,000, or 90,000 from SYNTHIA
     "lr": (2.5e-4, 2.5e-3),
@@ -55,7 +55,9 @@ DEFAULTS = {
     "log_every": (50, 20),
     "workers": (4, 0),
     "bn": ("batch", "batch"),
-    "warmup_lr": (2.5e-4, 3e-3),
+    "lr_backbone_mult": (3.0, 3.0),
+    "lr_head_mult": (10.0, 0.3),
+    "warmup_lr": (2.5e-4, 1e-2),
 }
 SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720), "folder": (1280, 720)}
 
@@ -128,8 +130,8 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--layers", "blocks per ResNet stage", type=layers)
     add(g, "--width", "channels of the stem, and of D's first layer", type=POSITIVE)
     add(g, "--bn", "statistics BatchNorm uses in training: the batch's (the papers) or the running ones", choices=("batch", "running"))
-    add(g, "--lr-backbone-mult", "factor on the learning rate for the backbone: 3 is what the released code does, 1 the paper's text", type=REAL, default=3.0)
-    add(g, "--lr-head-mult", "factor on the learning rate for the heads", type=REAL, default=10.0)
+    add(g, "--lr-backbone-mult", "factor on the learning rate for the backbone: 3 is what the released code does, 1 the paper's text", type=REAL)
+    add(g, "--lr-head-mult", "factor on the learning rate for the heads", type=REAL)
 
     g = parser.add_argument_group("speed")
     add(g, "--workers", "processes that read images", type=WHOLE)
@@ -237,6 +239,9 @@ def rarity_factor(classes: set) -> float:
 # ---------------------------------------------------------------- stages 1 and 3: adversarial training
 
 
+LOSSES = ("loss_seg_main", "loss_seg_aux", "loss_adv_main", "loss_adv_aux", "loss_d_main", "loss_d_aux")
+
+
 def train(args, name: str, source, target, validation, initial, iters: int, horizon: int, lr: float) -> dict:
     """Train G on labelled `source` while aligning its entropy maps on `target` (None: source only) with the source's.
 
@@ -254,7 +259,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     g_optimizer = torch.optim.SGD(G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult), lr=lr, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(d_params, lr=args.lr_d, betas=(0.9, 0.99))
 
-    config = training_config(args, name, iters, horizon, lr)
+    config = training_config(args, name, horizon, lr)
     start, best, result = 0, -1.0, None
     state = common.resume_state(folder, config, iters, args.resume, args.overwrite)
     if state:
@@ -273,7 +278,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     source_batches = batches(source, args.batch_size, args.seed, start, iters, args.workers, device)
     target_batches = target and batches(target, args.batch_size, args.seed + 1, start, iters, args.workers, device)
     common.set_mode(G, args.bn)
-    clock, waited = time.perf_counter(), 0.0
+    meter, stop = common.Meter(start), common.StopSignal()
     for it in range(start, iters):
         decay = (1 - it / horizon) ** 0.9
         for group in g_optimizer.param_groups:
@@ -282,9 +287,8 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
             group["lr"] = args.lr_d * decay
         g_optimizer.zero_grad(set_to_none=True)
         d_optimizer.zero_grad(set_to_none=True)
-        waiting = time.perf_counter()
-        source_batch, target_batch = next(source_batches), target and next(target_batches)
-        waited += time.perf_counter() - waiting
+        with meter.waiting():
+            source_batch, target_batch = next(source_batches), target and next(target_batches)
 
         # -------- G on source: L_seg = CE(main) + 0.1 CE(aux)
         labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
@@ -317,19 +321,18 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
         # -------- end of the method; everything below reports and saves
 
         done = it + 1
-        if done % args.log_every == 0 or done == iters:
+        evaluating = validation and (done == iters or (args.eval_every and done % args.eval_every == 0))
+        saving = evaluating or done == iters or done % args.save_every == 0 or stop.number
+        if saving or done % args.log_every == 0:
             terms = {"loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux}
             if target:
                 terms.update(loss_adv_main=loss_adv_main, loss_adv_aux=loss_adv_aux, loss_d_main=loss_d_main, loss_d_aux=loss_d_aux)
             terms = {key: value.item() for key, value in terms.items()}
             common.refuse_non_finite(terms, done, source_batch["name"] + (target_batch["name"] if target else []))
-            steps, seconds = (done - 1) % args.log_every + 1, time.perf_counter() - clock
-            rate = min(steps, done - start) / seconds
-            log.write(iter=done, **terms, lr=lr * decay, seconds=seconds, data_seconds=waited, it_per_s=rate)
+            speed = meter.read(done)
+            log.write(iter=done, **{**dict.fromkeys(LOSSES), **terms}, lr=lr * decay, **speed)  # null: not in this run
             losses = "  ".join(f"{key[5:]} {value:.3f}" for key, value in terms.items())
-            log.show(f"{name} {done}/{iters}  {losses}  {rate:.2f} it/s  {(iters - done) / rate / 60:.1f} min left", done == iters)
-            clock, waited = time.perf_counter(), 0.0
-        evaluating = validation and (done == iters or (args.eval_every and done % args.eval_every == 0))
+            log.show(f"{name} {done}/{iters}  {losses}  {meter.eta(iters)}", done == iters)
         if evaluating:
             outcome = common.evaluate([G], validation, device, args.workers)
             common.set_mode(G, args.bn)
@@ -340,23 +343,25 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
             if mean > best:
                 best = mean
                 common.save_checkpoint(folder / "best.pth", G, iter=done, scores=result, oracle=True)
-            clock = time.perf_counter()
-        if evaluating or done == iters or done % args.save_every == 0:
+        if saving:
             common.save_checkpoint(
                 folder / "last.pth", G, discriminators=nets.state_dict(), g_optimizer=g_optimizer.state_dict(),
                 d_optimizer=d_optimizer.state_dict(), iter=done, best=best, scores=result, config=config,
             )  # fmt: skip
+            meter.restart()  # evaluating and saving do not count as training time
+        stop.leave()
     log.close()
+    stop.close()
     return result
 
 
 def training_config(args, name: str, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
-    indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "eval_every", "save_every", "log_every", "workers", "device"}
+    indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "eval_every", "save_every", "log_every", "workers", "device", "stop_iters"}
     if name != "stage3":
         indifferent |= {"ratio", "normalize_entropy"}
     if name == "warmup":  # shared by runs that differ only in what comes after it
-        indifferent |= {"lr", "lr_d", "stop_iters", "max_iters", "lambda_adv_main", "lambda_adv_aux"}
+        indifferent |= {"lr", "lr_d", "max_iters", "lambda_adv_main", "lambda_adv_aux"}
     return {**{key: str(value) for key, value in vars(args).items() if key not in indifferent}, "schedule": str(schedule)}
 
 
