@@ -56,7 +56,7 @@ DEFAULTS = {
     "warmup_short_side": (720, 128),
     "warmup_crop": (600, 128),
     "batch_size": (2, 2),
-    "warmup_iters": (40_000, 800),
+    "warmup_iters": (40_000, 600),
     "warmup_lr": (2.5e-4, 1e-2),
     "rounds": (6, 2),
     "round_iters": (10_000, 200),
@@ -64,7 +64,7 @@ DEFAULTS = {
     "bn": ("batch", "batch"),
     "lr_backbone_mult": (3.0, 3.0),
     "lr_head_mult": (10.0, 0.3),
-    "eval_every": (2_000, 100),
+    "eval_every": (2_000, 200),
     "save_every": (1_000, 100),
     "log_every": (50, 20),
     "workers": (4, 0),
@@ -207,13 +207,13 @@ def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
 
     histogram (C,bins): pixels predicted as class c by confidence, bin b = [b, b+1) / bins -> thresholds (C,) float64 in
     [0, 1], the lower edge of the highest bin b such that the bins from b up hold at least ratio of the class's pixels.
-    A class without a pixel gets 1.
+    A class without a pixel gets 1, as does every class at ratio 0.
     """
     bins = histogram.shape[1]
     from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (C, bins): pixels in bin b and above
     enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # from_top falls with b, so this counts b = 0 .. the one sought
     threshold = (enough - 1).double() / bins
-    return torch.where(from_top[:, 0] > 0, threshold, torch.ones_like(threshold))
+    return torch.where((from_top[:, 0] > 0) & (ratio > 0), threshold, torch.ones_like(threshold))
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
@@ -388,8 +388,8 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
     for it in range(start, total):
         round_, step = divmod(it, iters)
         if it == start or step == 0:  # a new round, or the one to be gone on with
-            stop = (round_ + 1) * iters
-            source_batches = common.training_batches(source, args.batch_size, args.seed, it, stop, args.workers, device)
+            round_end = (round_ + 1) * iters
+            source_batches = common.training_batches(source, args.batch_size, args.seed, it, round_end, args.workers, device)
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
@@ -401,7 +401,7 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
                         log.show(f"round {round_}: labels on val: {text}", True)
                 static_pairs = {n: (image, labels_folder / "labels" / f"{n}.png") for n, image in target_images.items()}
                 target = common.Labelled(static_pairs, "folder", C, transform=transform, seed=args.seed + 1)
-                target_batches = common.training_batches(target, args.batch_size, args.seed + 1, it, stop, args.workers, device)
+                target_batches = common.training_batches(target, args.batch_size, args.seed + 1, it, round_end, args.workers, device)
             common.set_mode(G, args.bn)
             meter.restart()
         lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
@@ -471,9 +471,10 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
         if evaluating:
             outcome = common.evaluate([G], validation, device, args.workers)
             common.set_mode(G, args.bn)
+            mean = outcome[f"miou{C}"] or 0.0
             result = {key: value for key, value in outcome.items() if key != "confusion"}
+            result["best"] = max(best, mean)  # of this run so far: an oracle, as validation labels choose it
             log.write(iter=done, event="evaluation", **result)
-            mean = result[f"miou{C}"]
             log.show(f"{name} {done}/{total}  mIoU {mean:.1f} on {result['images']} validation images", True)
             if mean > best:
                 best = mean

@@ -11,7 +11,6 @@ Contents   1 errors and files   2 classes   3 network   4 weight files   5 reade
 import colorsys
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import pickle
@@ -510,7 +509,7 @@ def read_label(path, kind: str, num_classes: int) -> Image.Image:
     """A label file as an 8-bit Pillow image of trainIds 0..num_classes-1 and 255."""
     if kind == "synthia":
         # 16 bits per channel, class id in R. Pillow keeps the first byte of each big-endian pair, which is 0 for every
-        # class; told that the file is little-endian it keeps the other one. (torchvision reads such files from 0.21 on
+        # class; told that the file is little-endian it keeps the other one (ids are below 256). (torchvision reads such files from 0.21 on
         # and has announced the end of its decoders.)
         try:
             image = Image.open(path)
@@ -694,13 +693,15 @@ def evaluate(models: list, dataset: Labelled, device, workers: int = 0, on_image
 
 
 def score_table(columns: dict) -> str:
-    """A text table, one column per name of {name: scores}: per-class IoU and the means, in percent."""
+    """A text table, one column per name of {name: scores}: per-class IoU and the means, in percent; and the best mean of
+    a training run, where there is one, marked as the oracle that it is."""
     first = next(iter(columns.values()))
-    lines = ["".join([" " * 16, *(f"{name:>14}" for name in columns)])]
-    rows = [*first["iou"], *(key for key in first if key.startswith("miou"))]
-    for row in rows:
+    lines = [" " * 16 + "".join(f"{name:>14}" for name in columns)]
+    for row in [*first["iou"], *(key for key in first if key.startswith("miou"))]:
         values = [s["iou"].get(row, s.get(row)) for s in columns.values()]
-        lines.append("".join([f"{row.replace('miou', 'mIoU '):16}", *(f"{'-' if v is None else f'{v:.1f}':>14}" for v in values)]))
+        lines.append(f"{row.replace('miou', 'mIoU '):16}" + "".join(f"{'-' if v is None else f'{v:.1f}':>14}" for v in values))
+    if "best" in first:
+        lines.append(f"{'best (oracle)':16}" + "".join(f"{s['best']:>14.1f}" for s in columns.values()))
     return "\n".join(lines)
 
 
@@ -838,7 +839,7 @@ def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool
     changed = [key for key in config if state["config"].get(key) != config[key]]
     if changed:
         raise UserError(
-            f"{last} is of another run ({', '.join('--' + c.replace('_', '-') for c in changed[:4])} differ):"
+            f"{last} is of a run with other settings ({', '.join(changed[:4])}):"
             " use another --out, or --overwrite to start over"
         )
     if state["iter"] < iters and not resume:
@@ -857,7 +858,7 @@ def validation_set(kind: str, root, num_classes: int, size):
 
 
 def demo_scenes(source: str) -> Path:
-    """The folder of built-in scenes with this source domain; drawn on first use (some 10 s)."""
+    """The folder of built-in scenes with this source domain; drawn on first use (some 15 s)."""
     root = Path("data/scenes" if source in ("gta5", "folder") else f"data/scenes-{source}")
     if not root.exists():
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
@@ -868,13 +869,13 @@ def demo_scenes(source: str) -> Path:
 # Both domains draw the same geometry; they differ only in GAP, HARD and PAINT. Lengths are fractions of the width,
 # opacities and amplitudes fractions of 1.
 VARIETY = dict(surface=0.15, light=0.20, tint=0.06)  # spread between the images of either domain; more: a smaller gap
-GAP = dict(palette=0.3,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
+GAP = dict(palette=0.25,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
            desaturate=0.25, contrast=0.87, cast=(1.03, 1.0, 0.88),  # grey share; gain about mid-grey; gain of R, G, B
            texture=0.7, blur=0.0015, noise=0.02, source_noise=0.006)  # texture: relative to source
 HARD = dict(share=0.4, kinds=("fog", "night", "rain"),  # share of the target images; one kind each
-            fog=0.40, night=0.60, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
+            fog=0.35, night=0.65, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
             # In every hard image, local or directional, so that BatchNorm cannot undo it (plurals are counts):
-            motion=0.008, shadow=0.4, shadows=2, glare=0.6, glares=1, dirt=0.4, dirts=3, drop=0.8, drops=5,
+            motion=0.012, shadow=0.4, shadows=2, glare=0.6, glares=1, dirt=0.4, dirts=4, drop=0.8, drops=7,
             noise=0.01)  # added to GAP's
 PAINT = dict(  # (source RGB, target RGB)
     road=((84, 80, 92), (112, 112, 110)), line=((250, 250, 250), (190, 190, 182)),
@@ -1184,8 +1185,8 @@ def write_png16(path, channels):
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
-def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=200, num_target=200,
-                 num_val=60, synthia=False, synscapes=False, progress=None):
+def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=400, num_target=800,
+                 num_val=100, synthia=False, synscapes=False, progress=None):
     """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes trees of drawn scenes below root.
 
     Sizes are (W,H). An image depends on (seed, tree, index) alone. hard.txt and easy.txt list the target images as

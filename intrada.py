@@ -23,6 +23,8 @@ D6  The demo has no ImageNet weights, so it first trains on source alone (--warm
 
 import argparse
 import csv
+import functools
+import hashlib
 import io
 import math
 import time
@@ -45,12 +47,12 @@ DEFAULTS = {
     "source_size": (None, (256, 128)),  # None: the paper's size for the dataset, see SOURCE_SIZES
     "target_size": ((1024, 512), (256, 128)),
     "batch_size": (1, 2),
-    "warmup_iters": (0, 800),
-    "max_iters": (250_000, 600),
-    "stop_iters": (None, 300),  # None: 120,000, or 90,000 from SYNTHIA
-    "lr": (2.5e-4, 2.5e-3),
+    "warmup_iters": (0, 600),
+    "max_iters": (250_000, 400),
+    "stop_iters": (None, 400),  # None: 120,000, or 90,000 from SYNTHIA
+    "lr": (2.5e-4, 5e-3),
     "lr_d": (1e-4, 1e-4),
-    "eval_every": (2_000, 100),
+    "eval_every": (2_000, 200),
     "save_every": (1_000, 100),
     "log_every": (50, 20),
     "workers": (4, 0),
@@ -336,9 +338,10 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
         if evaluating:
             outcome = common.evaluate([G], validation, device, args.workers)
             common.set_mode(G, args.bn)
+            mean = outcome[f"miou{args.num_classes}"] or 0.0
             result = {key: value for key, value in outcome.items() if key != "confusion"}
+            result["best"] = max(best, mean)  # of this run so far: an oracle, as validation labels choose it
             log.write(iter=done, event="evaluation", **result)
-            mean = result[f"miou{args.num_classes}"]
             log.show(f"{name} {done}/{iters}  mIoU {mean:.1f} on {result['images']} validation images", True)
             if mean > best:
                 best = mean
@@ -362,7 +365,9 @@ def training_config(args, name: str, *schedule) -> dict:
         indifferent |= {"ratio", "normalize_entropy"}
     if name == "warmup":  # shared by runs that differ only in what comes after it
         indifferent |= {"lr", "lr_d", "max_iters", "lambda_adv_main", "lambda_adv_aux"}
-    return {**{key: str(value) for key, value in vars(args).items() if key not in indifferent}, "schedule": str(schedule)}
+    config = {key: str(value) for key, value in vars(args).items() if key not in indifferent}
+    ranking = (args.out / "stage2" / "ranking.csv").read_text() if name == "stage3" else ""
+    return {**config, "schedule": str(schedule), "ranking": hashlib.sha256(ranking.encode()).hexdigest()[:12]}
 
 
 # ---------------------------------------------------------------- stage 2: ranking, split, pseudo labels
@@ -449,6 +454,7 @@ def main():
         source = common.Labelled(common.list_pairs(args.source, source_root), args.source, C, args.source_size, seed=args.seed)
         source[0]
 
+    @functools.cache  # trained or fetched once
     def initial_weights():
         """Path or content of the weights that stages 1 and 3 both start from; None for random ones."""
         weights = {"none": None, "imagenet": "imagenet"}.get(args.init, args.init)

@@ -792,7 +792,7 @@ def test_a_run_is_not_overwritten(trained, scenes):
     before, flags = Path("run/stage1/last.pth").read_bytes(), ["--data-root", scenes, *INTRADA, "--stage", 1, "--out", "run"]
     assert "stage1: already trained" in succeed(intrada, *flags)
     status, _, err = call(intrada, *flags, "--lr", 0.01)
-    assert status == 2 and "--lr" in err and "--overwrite" in err
+    assert status == 2 and "(lr, schedule)" in err and "--overwrite" in err
     assert Path("run/stage1/last.pth").read_bytes() == before
     succeed(intrada, *flags, "--lr", 0.01, "--overwrite")
     torch.save({**last("run/stage1"), "iter": 2}, "run/stage1/last.pth")
