@@ -26,7 +26,6 @@ import argparse
 import json
 import math
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import common
-from common import IGNORE, UserError
+from common import IGNORE
 from intrada import (
-    POSITIVE, REAL, SHARE, WHOLE, add_shared_flags, finish_args, flag_adder, number, segmentation_loss, self_information,
-    size, training_config, upsample,
+    POSITIVE, REAL, SHARE, SWITCH, WHOLE, add_shared_flags, finish_args, new_parser, number, segmentation_loss,
+    self_information, size, training_config, upsample,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- arguments
@@ -82,20 +81,21 @@ def scales(text: str) -> tuple:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = flag_adder(DEFAULTS)
+    parser, add = new_parser(__doc__, DEFAULTS)
     g = parser.add_argument_group("method")
-    add(g, "--tau", "τ, least cosine similarity of a dynamic label: higher is sparser and purer; the paper tries 0.5 to 0.9", type=number(float, -1, 1), default=0.8)
+    tau_help = "τ, least cosine similarity of a dynamic label: higher is sparser and purer; the paper tries 0.5 to 0.9"
+    add(g, "--tau", tau_help, type=number(float, -1, 1), default=0.8)
     add(g, "--momentum", "λ of the EMA prototypes; the paper tries 0.99, 0.999, 0.9999", type=SHARE, default=0.999)
     add(g, "--temperature", "T_c of the contrastive softmax", type=number(float, 1e-3), default=0.1)
     add(g, "--lambda-ce", "weight of the two cross-entropies", type=REAL, default=1.0)
     add(g, "--lambda-ent", "weight of the two entropies", type=REAL, default=0.4)
-    add(g, "--lambda-fcl", "weight of the forward contrastive loss (target pixels, source prototypes): 0.1 to 0.7; 0 is off", type=REAL, default=0.1)
-    add(g, "--lambda-bcl", "weight of the backward one (source pixels, target prototypes): 0.1 to 0.7; 0 is off", type=REAL, default=0.1)
-    add(g, "--target-weight", "weight of the target's half of cross-entropy and entropy; the released configuration has 0.3", type=REAL, default=1.0)
+    add(g, "--lambda-fcl", "weight of FCL (target pixels, source prototypes); the paper tries 0.1 to 0.7", type=REAL, default=0.1)
+    add(g, "--lambda-bcl", "weight of BCL (source pixels, target prototypes); the paper tries 0.1 to 0.7", type=REAL, default=0.1)
+    add(g, "--target-weight", "weight of the target's half of both; 0.3 in the released configuration", type=REAL, default=1.0)
     add(g, "--static-ratio", "r, share of most confident pixels that get a static label", type=SHARE, default=0.1)
-    add(g, "--labels", "target labels: hybrid is static where there is one, else dynamic", choices=("static", "dynamic", "hybrid"), default="hybrid")
-    add(g, "--calibrate", "move source prototypes by the domain bias ξ before they label", action=argparse.BooleanOptionalAction, default=True)
+    kinds = ("static", "dynamic", "hybrid")
+    add(g, "--labels", "target labels; hybrid is static where there is one, else dynamic", choices=kinds, default="hybrid")
+    add(g, "--calibrate", "move source prototypes by the domain bias ξ before they label", default=True, **SWITCH)
 
     g = parser.add_argument_group("schedule")
     add(g, "--warmup-iters", "source-only iterations before the first round", type=WHOLE)
@@ -106,12 +106,12 @@ def parse_args() -> argparse.Namespace:
     add(g, "--batch-size", "pairs of a source and a target image per iteration", type=POSITIVE)
 
     g = parser.add_argument_group("images")
-    add(g, "--short-side", "images are scaled to this short side times one of --scales, aspect kept, never below the crop", type=POSITIVE)
+    add(g, "--short-side", "short side of an image before the crop, times one of --scales", type=POSITIVE)
     add(g, "--scales", "factors, one is drawn per image", type=scales)
     add(g, "--crop", "side of the random square crop", type=number(int, 32))
     add(g, "--warmup-short-side", "--short-side of the warm-up", type=POSITIVE)
     add(g, "--warmup-crop", "--crop of the warm-up", type=number(int, 32))
-    add(g, "--flip", "mirror every second image", action=argparse.BooleanOptionalAction, default=True)
+    add(g, "--flip", "mirror an image with probability 1/2", default=True, **SWITCH)
     add(g, "--target-size", "whole target images are resized to WxH for static labels and evaluation", type=size)
 
     add_shared_flags(parser, add, "runs/bcl")
@@ -274,7 +274,8 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> Tensor:
         common.write_png(draft / f"{item['name']}.bins.png", bins.cpu().numpy().astype(np.uint16))
     thresholds = class_thresholds(histogram.view(C, BINS), args.static_ratio).cpu()
     for name in images:
-        label, bins = (torch.from_numpy(np.array(Image.open(draft / f"{name}.{kind}.png")).astype(np.int64)) for kind in ("label", "bins"))
+        files = (draft / f"{name}.{kind}.png" for kind in ("label", "bins"))
+        label, bins = (torch.from_numpy(np.array(common.open_image(file)).astype(np.int64)) for file in files)
         static = choose_static(label, bins, thresholds * BINS, args.static_ratio).to(torch.uint8).numpy()
         common.write_png(folder / "labels" / f"{name}.png", static)
         common.write_png(folder / "colour" / f"{name}.png", static, palette)
@@ -358,56 +359,48 @@ def build(args, initial, device):
     return G, torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=5e-4), report
 
 
-def train(args, name: str, folder: Path, source_pairs: dict, target_images, validation, initial, rounds: int, iters: int, base_lr: float):
-    """`rounds` rounds of `iters` iterations into `folder`. target_images None: source-only cross-entropy (the warm-up).
+def train(args, name: str, source_pairs: dict, target_images, validation, initial, rounds: int, iters: int, base_lr: float):
+    """`rounds` rounds of `iters` iterations. target_images None: source-only cross-entropy (the warm-up).
 
     Returns the scores of the last evaluation.
     """
     device, warmup, C = common.choose_device(args.device), target_images is None, args.num_classes
+    folder = args.out / "warmup" if warmup else args.out
     G, optimizer, report = build(args, initial, device)
     ema_source, ema_target = (PrototypeEMA(C, 32 * args.width, args.momentum).to(device) for _ in range(2))
-    config, total = training_config(args, name, rounds, iters, base_lr), rounds * iters
-    start, best, result = 0, -1.0, None
-    state = common.resume_state(folder, config, total, args.resume, args.overwrite)
-    if state:
-        start, best, result = state["iter"], state["best"], state["scores"]
-        if start >= total:
-            print(f"{name}: already trained, {folder / 'last.pth'}")
-            return result
-        G.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema_source.load_state_dict(state["ema_source"])
-        ema_target.load_state_dict(state["ema_target"])
-    log = common.RunLog(folder / "log.jsonl", {"event": "start", "stage": name, "weights": str(report), "args": vars(args)}, start)
-    print(f"{name}: {len(source_pairs)} source images, {0 if warmup else len(target_images)} target images, {report}")
+    total, config = rounds * iters, training_config(args, name, rounds, iters, base_lr)
+    parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}
+    about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}"
+    run = common.Run(args, name, folder, config, total, G, parts, validation, about)
+    if run.finished:
+        return run.result
     short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
     transform = augment(short_side, args.scales, crop, args.flip)
     source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
 
-    meter, stop = common.Meter(start), common.StopSignal()
-    for it in range(start, total):
+    for it in range(run.start, total):
         round_, step = divmod(it, iters)
-        if it == start or step == 0:  # a new round, or the one to be gone on with
-            round_end = (round_ + 1) * iters
-            source_batches = common.training_batches(source, args.batch_size, args.seed, it, round_end, args.workers, device)
+        if it == run.start or step == 0:  # a new round, or the one to be gone on with
+            batches = (args.batch_size, it, (round_ + 1) * iters, args.workers, device)
+            source_batches = common.training_batches(source, args.seed, *batches)
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
                     thresholds = make_static_labels(args, G, target_images, labels_folder, device)
                     if validation:
                         statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device)
-                        log.write(iter=it + 1, event="labels", round=round_, thresholds=thresholds.tolist(), **statistics)
-                        text = "  ".join(f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
-                        log.show(f"round {round_}: labels on val: {text}", True)
+                        run.log.write(iter=it + 1, event="labels", round=round_, thresholds=thresholds.tolist(), **statistics)
+                        parts = (f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
+                        run.log.show(f"round {round_}: labels on val: {'  '.join(parts)}", True)
                 static_pairs = {n: (image, labels_folder / "labels" / f"{n}.png") for n, image in target_images.items()}
                 target = common.Labelled(static_pairs, "folder", C, transform=transform, seed=args.seed + 1)
-                target_batches = common.training_batches(target, args.batch_size, args.seed + 1, it, round_end, args.workers, device)
+                target_batches = common.training_batches(target, args.seed + 1, *batches)
             common.set_mode(G, args.bn)
-            meter.restart()
+            run.restart_clock()
         lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        with meter.waiting():
+        with run.waiting_for_data():
             source_batch, target_batch = next(source_batches), None if warmup else next(target_batches)
 
         # -------- source: features f_S (B,D,h,w), logits (B,C,H,W), ground truth y_S
@@ -444,51 +437,25 @@ def train(args, name: str, folder: Path, source_pairs: dict, target_images, vali
             # -------- L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
             loss_ce_target = segmentation_loss(target_logits, y_target_full)
             loss_ent_source, loss_ent_target = entropy_loss(source_logits), entropy_loss(target_logits)
-            loss_fcl = sum(contrastive_loss(T.features[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs) / len(pairs)
-            loss_bcl = sum(contrastive_loss(S.features[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs) / len(pairs)
+            forward = [contrastive_loss(T.features[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs]
+            backward = [contrastive_loss(S.features[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs]
+            loss_fcl, loss_bcl = sum(forward) / len(pairs), sum(backward) / len(pairs)
             loss = (
                 args.lambda_ce * (loss_ce_source + args.target_weight * loss_ce_target)
                 + args.lambda_ent * (loss_ent_source + args.target_weight * loss_ent_target)
                 + args.lambda_fcl * loss_fcl
                 + args.lambda_bcl * loss_bcl
             )
-            terms.update(loss_ce_target=loss_ce_target, loss_ent_source=loss_ent_source, loss_ent_target=loss_ent_target, loss_fcl=loss_fcl, loss_bcl=loss_bcl)
+            terms.update(loss_ce_target=loss_ce_target, loss_ent_source=loss_ent_source, loss_ent_target=loss_ent_target)
+            terms.update(loss_fcl=loss_fcl, loss_bcl=loss_bcl)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        # -------- end of the method; everything below reports and saves
+        # -------- end of the method; the rest reports and saves
 
-        done = it + 1
-        evaluating = validation and (done == total or (args.eval_every and done % args.eval_every == 0))
-        saving = evaluating or step + 1 == iters or done % args.save_every == 0 or stop.number
-        if saving or done % args.log_every == 0:
-            terms = {key: value.item() for key, value in {**terms, "loss": loss}.items()}
-            common.refuse_non_finite(terms, done, source_batch["name"] + ([] if warmup else target_batch["name"]))
-            speed = meter.read(done)
-            log.write(iter=done, round=round_, **terms, lr=lr, **speed)
-            losses = "  ".join(f"{key[5:]} {value:.3f}" for key, value in terms.items() if key != "loss")
-            log.show(f"{name} {done}/{total}  {losses}  {meter.eta(total)}", done == total)
-        if evaluating:
-            outcome = common.evaluate([G], validation, device, args.workers)
-            common.set_mode(G, args.bn)
-            mean = outcome[f"miou{C}"] or 0.0
-            result = {key: value for key, value in outcome.items() if key != "confusion"}
-            result["best"] = max(best, mean)  # of this run so far: an oracle, as validation labels choose it
-            log.write(iter=done, event="evaluation", **result)
-            log.show(f"{name} {done}/{total}  mIoU {mean:.1f} on {result['images']} validation images", True)
-            if mean > best:
-                best = mean
-                common.save_checkpoint(folder / "best.pth", G, iter=done, scores=result, oracle=True)
-        if saving:
-            common.save_checkpoint(
-                folder / "last.pth", G, optimizer=optimizer.state_dict(), ema_source=ema_source.state_dict(),
-                ema_target=ema_target.state_dict(), iter=done, best=best, scores=result, config=config,
-            )  # fmt: skip
-            meter.restart()  # evaluating and saving do not count as training time
-        stop.leave()
-    log.close()
-    stop.close()
-    return result
+        names = source_batch["name"] + ([] if warmup else target_batch["name"])
+        run.after_iteration(it + 1, {**terms, "loss": loss}, names, lr, keep=step + 1 == iters, round=round_)
+    return run.result
 
 
 # ---------------------------------------------------------------- main
@@ -508,10 +475,11 @@ def main():
     weights = {"none": None, "imagenet": "imagenet"}.get(args.init, args.init)
     weights = common.imagenet_weights() if weights == "imagenet" else weights
     if args.warmup_iters:
-        warmup = args.out / "warmup"
-        columns["warm-up"] = train(args, "warmup", warmup, source_pairs, None, validation, weights, 1, args.warmup_iters, args.warmup_lr)
-        weights = warmup / "last.pth"
-    columns["BCL"] = train(args, "bcl", args.out, source_pairs, target_images, validation, weights, args.rounds, args.round_iters, args.lr)
+        schedule = (1, args.warmup_iters, args.warmup_lr)
+        columns["warm-up"] = train(args, "warmup", source_pairs, None, validation, weights, *schedule)
+        weights = args.out / "warmup" / "last.pth"
+    schedule = (args.rounds, args.round_iters, args.lr)
+    columns["BCL"] = train(args, "bcl", source_pairs, target_images, validation, weights, *schedule)
     columns = {name: result for name, result in columns.items() if result}
     if columns:
         print(f"\nIoU in percent on {columns['BCL']['images']} validation images, last checkpoints:")

@@ -10,7 +10,6 @@ Contents   1 errors and files   2 classes   3 network   4 weight files   5 reade
 
 import colorsys
 import contextlib
-import functools
 import json
 import os
 import pickle
@@ -295,7 +294,8 @@ class WeightReport(NamedTuple):
         def some(names):
             return f"{len(names)}" + (f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "")
 
-        return f"{self.kind}: loaded {len(self.loaded)} tensors, skipped {some(self.skipped)}, kept initial {some(self.initialised)}"
+        loaded, skipped, initialised = len(self.loaded), some(self.skipped), some(self.initialised)
+        return f"{self.kind}: loaded {loaded} tensors, skipped {skipped}, kept initial {initialised}"
 
 
 def read_checkpoint(path) -> dict:
@@ -405,7 +405,8 @@ def imagenet_weights() -> dict:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"cannot fetch ImageNet weights ({error}): put {weights.url.split('/')[-1]} into {folder}, or name a file with --init FILE"
+            f"cannot fetch ImageNet weights ({error}): put {weights.url.split('/')[-1]} into {folder},"
+            " or name a weight file with --init FILE"
         )
 
 
@@ -425,7 +426,9 @@ LAYOUTS = {
     "gta5": Layout(("GTA5",), "images", "labels", (".png",), ".png", CITYSCAPES_IDS),
     "synthia": Layout(("SYNTHIA", "RAND_CITYSCAPES"), "RGB", "GT/LABELS", (".png",), ".png", SYNTHIA_IDS),
     "synscapes": Layout(("Synscapes",), "img/rgb", "img/class", (".png",), ".png", CITYSCAPES_IDS),
-    "cityscapes": Layout(("Cityscapes",), "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png", CITYSCAPES_IDS),
+    "cityscapes": Layout(
+        ("Cityscapes",), "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png", CITYSCAPES_IDS
+    ),
     "folder": Layout(("",), "images", "labels", (".png", ".jpg", ".jpeg"), ".png", tuple(range(255))),
 }  # fmt: skip
 
@@ -487,17 +490,24 @@ def list_pairs(kind: str, root, split: str = "train") -> dict:
     return {name: (images[name], labels[name]) for name in images}
 
 
-def open_image(path) -> Image.Image:
-    """A decoded Pillow image; a UserError that names the file if it is missing, broken or absurdly large."""
+def open_image(path, low_bytes: bool = False) -> Image.Image:
+    """A decoded Pillow image; a UserError that names the file if it is missing, broken or absurdly large.
+
+    low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, give the low byte instead.
+    """
     try:
         image = Image.open(path)
+        if low_bytes:
+            if str(image.tile[0][3]) != "RGB;16B":
+                raise UserError(f"{path} is no 16-bit RGB file (mode {image.mode}): bring GT/LABELS as downloaded")
+            image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # read big-endian pairs as little-endian ones
         image.load()
         return image
     except FileNotFoundError:
         raise UserError(f"no image at {path}: check the path")
     except Image.DecompressionBombError:
         raise UserError(f"{path} claims absurd dimensions: refused, replace the file")
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
 
 
@@ -507,20 +517,8 @@ def read_image(path) -> Image.Image:
 
 def read_label(path, kind: str, num_classes: int) -> Image.Image:
     """A label file as an 8-bit Pillow image of trainIds 0..num_classes-1 and 255."""
-    if kind == "synthia":
-        # 16 bits per channel, class id in R. Pillow keeps the first byte of each big-endian pair, which is 0 for every
-        # class; told that the file is little-endian it keeps the other one (ids are below 256). (torchvision reads such files from 0.21 on
-        # and has announced the end of its decoders.)
-        try:
-            image = Image.open(path)
-            if image.tile and str(image.tile[0][3]).startswith("RGB;16"):
-                image.tile = [type(tile)(*(*tile[:3], "RGB;16L")) if hasattr(tile, "_fields") else (*tile[:3], "RGB;16L") for tile in image.tile]
-            else:
-                raise UserError(f"{path} is not a 16-bit SYNTHIA label (mode {image.mode}): bring GT/LABELS as downloaded")
-            image.load()
-        except (OSError, ValueError, SyntaxError, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
-        ids = np.asarray(image)[:, :, 0]
+    if kind == "synthia":  # 16 bits a channel, class id in R (ids are below 256); torchvision reads these only from 0.21 on
+        ids = np.asarray(open_image(path, low_bytes=True))[:, :, 0]
     else:
         image = open_image(path)
         if image.mode not in ("P", "L", "1"):  # for a palette file the index is the id: never convert
@@ -585,7 +583,8 @@ class Labelled(Images):
         label = read_label(path, self.kind, self.num_classes)
         ratio = image.width / image.height * label.height / label.width
         if not 0.9 < ratio < 1.1:  # GTA5 has pairs of 1914x1052 and 1914x1046; more than that is another picture
-            raise UserError(f"{path} is {label.width}x{label.height} but its image is {image.width}x{image.height}: not its label")
+            sizes = f"{label.width}x{label.height} but its image {image.width}x{image.height}"
+            raise UserError(f"{path} is {sizes}: this is not its label, repair the pair")
         return image, label
 
     def resize_label(self, label):
@@ -603,7 +602,8 @@ class EndlessSampler(Sampler):
     """
 
     def __init__(self, length: int, seed: int, start: int, stop: int, batch: int, rank: int = 0, world: int = 1):
-        self.length, self.seed, self.steps, self.batch, self.rank, self.world = length, seed, range(start, stop), batch, rank, world
+        self.length, self.seed, self.steps, self.batch = length, seed, range(start, stop), batch
+        self.rank, self.world = rank, world
 
     def __len__(self):
         return len(self.steps) * self.batch
@@ -619,7 +619,7 @@ class EndlessSampler(Sampler):
                 yield position, int(order[position % self.length])
 
 
-def training_batches(dataset: Dataset, batch: int, seed: int, start: int, stop: int, workers: int, device):
+def training_batches(dataset: Dataset, seed: int, batch: int, start: int, stop: int, workers: int, device):
     """Iterator over the batches of iterations start..stop-1: {"name", "image", ("label")}, a fixed order per seed."""
     sampler, pin = EndlessSampler(len(dataset), seed, start, stop, batch), device.type == "cuda"
     return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
@@ -733,36 +733,6 @@ def save_checkpoint(path, model: DeepLabV2, **state):
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free the disk or choose another --out")
 
 
-class Meter:
-    """Speed of a training loop: iterations, seconds and the wait for data since the last reading."""
-
-    def __init__(self, iteration: int):
-        self.last = iteration
-        self.restart()
-
-    def restart(self):
-        self.clock, self.waited = time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    def read(self, iteration: int) -> dict:
-        seconds = time.perf_counter() - self.clock
-        self.rate = max(iteration - self.last, 1) / seconds
-        speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": self.rate}
-        if torch.cuda.is_available():
-            speed["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        self.last = iteration
-        self.restart()
-        return speed
-
-    def eta(self, iterations: int) -> str:
-        return f"{self.rate:.2f} it/s  {(iterations - self.last) / self.rate / 60:.1f} min left"
-
-
 class StopSignal:
     """While open, SIGTERM and SIGINT set `number`, so that a loop can save before it leaves; a second one ends at once."""
 
@@ -821,13 +791,6 @@ def versions() -> dict:
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": None}
 
 
-def refuse_non_finite(terms: dict, iteration: int, names: list):
-    """Stop a run whose loss is no longer a number, before anything of it is saved."""
-    for term, value in terms.items():
-        if not np.isfinite(value):
-            raise UserError(f"{term} is {value} at iteration {iteration} (images {', '.join(names)}): lower --lr; nothing was saved since")
-
-
 def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool):
     """The checkpoint to go on from, or None for a fresh start; refuses to mix or overwrite runs silently."""
     last = Path(folder) / "last.pth"
@@ -843,8 +806,93 @@ def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool
             " use another --out, or --overwrite to start over"
         )
     if state["iter"] < iters and not resume:
-        raise UserError(f"{last} stopped at iteration {state['iter']} of {iters}: add --resume to go on, or --overwrite to start over")
+        raise UserError(
+            f"{last} stopped at iteration {state['iter']} of {iters}: add --resume to go on, or --overwrite to start over"
+        )
     return state
+
+
+class Run:
+    """What surrounds a training loop and is no method: resuming, log, evaluation, checkpoints, signals.
+
+    In `folder`: log.jsonl, last.pth (all that --resume needs) and best.pth (chosen on validation labels: an oracle).
+    `config` tells runs apart, `parts` are the objects besides the network that have a state_dict to keep. Afterwards
+    `start` is the iteration to begin with, `finished` says that there is none left, `result` holds the last scores.
+    """
+
+    def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str):
+        self.args, self.name, self.folder, self.config, self.iters = args, name, Path(folder), config, iters
+        self.model, self.parts, self.validation = model, parts, validation
+        state = resume_state(folder, config, iters, args.resume, args.overwrite)
+        self.start, self.best, self.result = (state["iter"], state["best"], state["scores"]) if state else (0, -1.0, None)
+        self.finished = self.start >= iters
+        if self.finished:
+            return print(f"{name}: already trained, {self.folder / 'last.pth'}")
+        if state:
+            model.load_state_dict(state["model"])
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+        header = {"event": "start", "stage": name, "about": about, "args": vars(args)}
+        self.log, self.signal = RunLog(self.folder / "log.jsonl", header, self.start), StopSignal()
+        print(f"{name}: {about}" + (f"; goes on from iteration {self.start}" if self.start else ""))
+        self.last = self.start
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.clock, self.waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self):
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def after_iteration(self, done: int, losses: dict, names: list, lr: float, keep: bool = False, **more):
+        """Log, evaluate and save after iteration `done`, where it is time for it; leave if a signal asked for that.
+
+        losses: {term: scalar tensor, or None for a term that this run does not have}, names: the images of the batch,
+        keep: save in any case, more: further entries of the log record. The only place that waits for the GPU.
+        """
+        args, device = self.args, next(self.model.parameters()).device
+        evaluating = self.validation and (done == self.iters or (args.eval_every and done % args.eval_every == 0))
+        saving = evaluating or keep or done == self.iters or done % args.save_every == 0 or self.signal.number
+        if saving or done % args.log_every == 0:
+            values = {term: None if value is None else value.item() for term, value in losses.items()}
+            for term, value in values.items():
+                if value is not None and not np.isfinite(value):
+                    raise UserError(
+                        f"{term} is {value} at iteration {done} (images {', '.join(names)}): lower --lr; it was not saved"
+                    )
+            seconds = time.perf_counter() - self.clock
+            rate = (done - self.last) / seconds
+            speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate}
+            if device.type == "cuda":
+                speed["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            self.log.write(iter=done, **values, lr=lr, **more, **speed)
+            text = "  ".join(f"{term[5:]} {value:.3f}" for term, value in values.items() if value is not None)
+            left = (self.iters - done) / rate / 60
+            self.log.show(f"{self.name} {done}/{self.iters}  {text}  {rate:.2f} it/s  {left:.1f} min left", done == self.iters)
+            self.last = done
+            self.restart_clock()
+        if evaluating:
+            outcome = evaluate([self.model], self.validation, device, args.workers)
+            set_mode(self.model, args.bn)
+            mean = outcome[f"miou{self.model.num_classes}"] or 0.0
+            improved, self.best = mean > self.best, max(mean, self.best)
+            self.result = {**{key: value for key, value in outcome.items() if key != "confusion"}, "best": self.best}
+            self.log.write(iter=done, event="evaluation", **self.result)
+            self.log.show(f"{self.name} {done}/{self.iters}  mIoU {mean:.1f} on {outcome['images']} validation images", True)
+            if improved:
+                save_checkpoint(self.folder / "best.pth", self.model, iter=done, scores=self.result, oracle=True)
+        if saving:
+            states = {key: part.state_dict() for key, part in self.parts.items()}
+            progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config}
+            save_checkpoint(self.folder / "last.pth", self.model, **states, **progress)
+            self.restart_clock()  # neither evaluating nor saving counts as training time
+        self.signal.leave()
+        if done == self.iters:
+            self.log.close()
+            self.signal.close()
 
 
 def validation_set(kind: str, root, num_classes: int, size):
@@ -866,6 +914,7 @@ def demo_scenes(source: str) -> Path:
     return root
 
 
+# fmt: off (tables of polygons read best as tables)
 # Both domains draw the same geometry; they differ only in GAP, HARD and PAINT. Lengths are fractions of the width,
 # opacities and amplitudes fractions of 1.
 VARIETY = dict(surface=0.15, light=0.20, tint=0.06)  # spread between the images of either domain; more: a smaller gap

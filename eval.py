@@ -17,24 +17,31 @@ from torch.utils.data import Subset
 
 import common
 from common import UserError
-from intrada import self_information, size
+from intrada import POSITIVE, WHOLE, self_information, size
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ckpt", nargs="*", type=Path, default=[], help="checkpoints, averaged if several; without a path the newest last.pth under runs/")
-    parser.add_argument("--data-root", type=Path, help="folder that holds Cityscapes/; without it the built-in scenes")
-    parser.add_argument("--target", choices=("cityscapes", "folder"), default="cityscapes", help="layout of the labelled images (default: %(default)s)")
-    parser.add_argument("--target-root", type=Path, help="the dataset's own folder, if not under --data-root")
-    parser.add_argument("--split", default="val", help="train, val or test (default: %(default)s)")
-    parser.add_argument("--subset", type=Path, help="evaluate only the images named in this text file (one name or stem a line), say data/scenes/hard.txt")
-    parser.add_argument("--input-size", type=size, help="images are resized to WxH (default: 1024x512, built-in scenes 256x128)")
-    parser.add_argument("--json", type=Path, help="write miou19, miou16, miou13, iou, confusion, images, seconds (percent; rows are labels)")
-    parser.add_argument("--save-dir", type=Path, help="write <name>_colour.png and <name>_entropy.png for every image")
-    parser.add_argument("--panel", type=Path, help="write one picture with image, label and each checkpoint's own prediction of --rows images")
-    parser.add_argument("--rows", type=int, default=6, help="images in --panel, spread over the set (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def add(flag, help, **options):
+        help += " (default: %(default)s)" if options.get("default") else ""
+        parser.add_argument(flag, help=help, **options)
+
+    add("--ckpt", "checkpoints, averaged if several; without a path the newest last.pth under runs/", nargs="*", type=Path)
+    add("--data-root", "folder that holds Cityscapes/; without it the built-in scenes", type=Path)
+    add("--target", "layout of the labelled images", choices=("cityscapes", "folder"), default="cityscapes")
+    add("--target-root", "the dataset's own folder, if not under --data-root", type=Path)
+    add("--split", "train, val or test", default="val")
+    add("--subset", "evaluate only the images named in this file, a name or stem a line, say data/scenes/hard.txt", type=Path)
+    add("--input-size", "images are resized to WxH (default: 1024x512, built-in scenes 256x128)", type=size)
+    add("--json", "write miou19, miou16, miou13, iou (percent), confusion (rows are labels), images, seconds", type=Path)
+    add("--save-dir", "write <name>_colour.png and <name>_entropy.png for every image", type=Path)
+    add("--panel", "write one picture: image, label and each checkpoint's own prediction of --rows images", type=Path)
+    add("--rows", "images in --panel, spread over the set", type=POSITIVE, default=6)
+    add("--device", "cpu or cuda; cuda if there is one", choices=("cpu", "cuda"))
+    add("--workers", "processes that read images", type=WHOLE, default=2)
     return parser.parse_args()
 
 
@@ -79,10 +86,14 @@ def write_panel(path: Path, checkpoints: list, models: list, dataset, rows: int,
         columns[1].append(common.colour(np.asarray(label), dataset.num_classes))
     for model in models:
         predictions = []
-        keep = lambda name, logits, label, prediction: predictions.append(common.colour(prediction.cpu().numpy(), dataset.num_classes))  # noqa: E731
+
+        def keep(name, logits, label, prediction, predictions=predictions):
+            predictions.append(common.colour(prediction.cpu().numpy(), dataset.num_classes))
+
         common.evaluate([model], Subset(dataset, chosen), device, on_image=keep)
         columns.append(predictions)
-    common.write_grid(path, ["image", "label", *(str(checkpoint.parent.name) for checkpoint in checkpoints)], list(zip(*columns)))
+    titles = ["image", "label", *(checkpoint.parent.name for checkpoint in checkpoints)]
+    common.write_grid(path, titles, list(zip(*columns)))
 
 
 def main():

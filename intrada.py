@@ -44,12 +44,12 @@ DEFAULTS = {
     "init": ("imagenet", "none"),
     "layers": ((3, 4, 23, 3), (1, 1, 1, 1)),
     "width": (64, 16),
-    "source_size": (None, (256, 128)),  # None: the paper's size for the dataset, see SOURCE_SIZES
+    "source_size": ("1280x720, SYNTHIA 1280x760", (256, 128)),  # the paper's depend on the dataset: see parse_args
     "target_size": ((1024, 512), (256, 128)),
     "batch_size": (1, 2),
     "warmup_iters": (0, 600),
     "max_iters": (250_000, 400),
-    "stop_iters": (None, 400),  # None: 120,000, or 90,000 from SYNTHIA
+    "stop_iters": ("120000, SYNTHIA 90000", 400),
     "lr": (2.5e-4, 5e-3),
     "lr_d": (1e-4, 1e-4),
     "eval_every": (2_000, 200),
@@ -91,21 +91,29 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def flag_adder(defaults: dict):
-    """add(group, flag, help, **options) for a table of (paper, demo) defaults; help ends with the defaults."""
+def new_parser(doc: str, defaults: dict) -> tuple:
+    """(parser, add) where add(group, flag, help, **options) ends the help with the default, or with both of a table
+    {name: (paper, demo)}."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
 
     def add(group, flag, help, **options):
         if flag[2:].replace("-", "_") in defaults:
-            paper, demo = (" ".join(str(v).split()) for v in defaults[flag[2:].replace("-", "_")])
+            paper, demo = map(as_text, defaults[flag[2:].replace("-", "_")])
             help += f" (paper: {paper}, demo: {demo})"
         elif options.get("default") is not None:
             help += " (default: %(default)s)"
         group.add_argument(flag, help=help, **options)
 
-    return add
+    def as_text(value):
+        is_size = isinstance(value, tuple) and len(value) == 2
+        return str(value).strip("()").replace(", ", "x" if is_size else ",") if isinstance(value, tuple) else value
+
+    return parser, add
 
 
 WHOLE, POSITIVE, REAL, SHARE = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
+SWITCH = {"action": argparse.BooleanOptionalAction}
 
 
 def add_shared_flags(parser, add, out: str):
@@ -131,9 +139,9 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--init", "initial weights: imagenet, none (random) or a weight file")
     add(g, "--layers", "blocks per ResNet stage", type=layers)
     add(g, "--width", "channels of the stem, and of D's first layer", type=POSITIVE)
-    add(g, "--bn", "statistics BatchNorm uses in training: the batch's (the papers) or the running ones", choices=("batch", "running"))
-    add(g, "--lr-backbone-mult", "factor on the learning rate for the backbone: 3 is what the released code does, 1 the paper's text", type=REAL)
-    add(g, "--lr-head-mult", "factor on the learning rate for the heads", type=REAL)
+    add(g, "--bn", "statistics BatchNorm trains with: the batch's (the papers) or the running ones", choices=("batch", "running"))
+    add(g, "--lr-backbone-mult", "factor on the backbone's learning rate: 3 as the released code, 1 as the paper's text", type=REAL)
+    add(g, "--lr-head-mult", "factor on the heads' learning rate", type=REAL)
 
     g = parser.add_argument_group("speed")
     add(g, "--workers", "processes that read images", type=WHOLE)
@@ -155,21 +163,22 @@ def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Nam
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = flag_adder(DEFAULTS)
+    parser, add = new_parser(__doc__, DEFAULTS)
     g = parser.add_argument_group("stages")
-    add(g, "--stage", "1 inter-domain, 2 ranking and pseudo labels, 3 intra-domain", choices=("1", "2", "3", "all"), default="all")
+    stages = ("1", "2", "3", "all")
+    add(g, "--stage", "1 inter-domain, 2 ranking and pseudo labels, 3 intra-domain", choices=stages, default="all")
     add(g, "--ckpt", "stage 2: rank with this checkpoint instead of stage 1's", type=Path)
-    add(g, "--select", "checkpoint handed from stage to stage; best is chosen on validation labels (an oracle)", choices=("last", "best"), default="last")
+    select_help = "checkpoint that stage 2 takes of stage 1; best is chosen on validation labels, an oracle"
+    add(g, "--select", select_help, choices=("last", "best"), default="last")
 
     g = parser.add_argument_group("schedule")
-    add(g, "--source-size", "source images are resized to WxH (paper: 1280x720, SYNTHIA 1280x760); stage 3 uses --target-size", type=size)
+    add(g, "--source-size", "source images are resized to WxH, in stage 3 to --target-size", type=size)
     add(g, "--target-size", "target images are resized to WxH", type=size)
     add(g, "--batch-size", "images per iteration, of each domain", type=POSITIVE)
     add(g, "--warmup-iters", "source-only iterations that make the initial weights of stages 1 and 3", type=WHOLE)
     add(g, "--warmup-lr", "learning rate of the warm-up, whose poly schedule ends with it", type=REAL)
     add(g, "--max-iters", "horizon of the poly schedule lr (1 - it/max)^0.9", type=POSITIVE)
-    add(g, "--stop-iters", "iterations really trained (paper: 120000, from SYNTHIA 90000)", type=POSITIVE)
+    add(g, "--stop-iters", "iterations really trained", type=POSITIVE)
     add(g, "--lr", "SGD learning rate of G", type=REAL)
     add(g, "--lr-d", "Adam learning rate of the discriminators", type=REAL)
 
@@ -178,12 +187,14 @@ def parse_args() -> argparse.Namespace:
     add(g, "--lambda-adv-main", "weight of the adversarial loss on the main head; both 0: source only", type=REAL, default=0.001)
     add(g, "--lambda-adv-aux", "weight of the adversarial loss on the auxiliary head", type=REAL, default=0.0002)
     add(g, "--ratio", "λ, share of easy images; 0.67 is the paper's best, 1 is self-training alone", type=SHARE, default=0.67)
-    add(g, "--normalize-entropy", "rank by entropy x ((11 - rare classes)/11 + 0.5), the paper's best row", action=argparse.BooleanOptionalAction, default=False)
+    add(g, "--normalize-entropy", "rank by R x ((11 - rare classes)/11 + 0.5), the paper's best row", default=False, **SWITCH)
 
     add_shared_flags(parser, add, "runs/intrada")
     args = finish_args(parser, DEFAULTS)
-    args.source_size = args.source_size or SOURCE_SIZES[args.source]
-    args.stop_iters = args.stop_iters or min(args.max_iters, 90_000 if args.source == "synthia" else 120_000)
+    if isinstance(args.source_size, str):
+        args.source_size = SOURCE_SIZES[args.source]
+    if isinstance(args.stop_iters, str):
+        args.stop_iters = min(args.max_iters, 90_000 if args.source == "synthia" else 120_000)
     if args.stop_iters > args.max_iters:
         raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}, where the learning rate is 0")
     if args.num_classes != 19 and args.normalize_entropy:
@@ -241,47 +252,35 @@ def rarity_factor(classes: set) -> float:
 # ---------------------------------------------------------------- stages 1 and 3: adversarial training
 
 
-LOSSES = ("loss_seg_main", "loss_seg_aux", "loss_adv_main", "loss_adv_aux", "loss_d_main", "loss_d_aux")
-
-
 def train(args, name: str, source, target, validation, initial, iters: int, horizon: int, lr: float) -> dict:
     """Train G on labelled `source` while aligning its entropy maps on `target` (None: source only) with the source's.
 
     source, target, validation are datasets, initial a weight file or dict or None; files go to <out>/<name>/. Returns
     the scores of the last evaluation.
     """
-    device, folder = common.choose_device(args.device), args.out / name
+    device = common.choose_device(args.device)
     common.seed_everything(args.seed)
     G = common.DeepLabV2(args.num_classes, args.layers, args.width)
     report = common.load_weights(G, initial) if initial is not None else "random initial weights"
     D_main, D_aux = Discriminator(args.num_classes, args.width), Discriminator(args.num_classes, args.width)
-    nets = nn.ModuleDict({"D_main": D_main, "D_aux": D_aux}).to(device)
+    D = nn.ModuleDict({"main": D_main, "aux": D_aux}).to(device)
     G.to(device)
-    g_params, d_params = [p for p in G.parameters() if p.requires_grad], list(nets.parameters())
-    g_optimizer = torch.optim.SGD(G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult), lr=lr, momentum=0.9, weight_decay=5e-4)
+    g_params, d_params = [p for p in G.parameters() if p.requires_grad], list(D.parameters())
+    g_groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
+    g_optimizer = torch.optim.SGD(g_groups, lr=lr, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(d_params, lr=args.lr_d, betas=(0.9, 0.99))
 
+    parts = {"discriminators": D, "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
+    about = f"{len(source)} labelled images, {len(target) if target else 'no'} target images, {report}"
     config = training_config(args, name, horizon, lr)
-    start, best, result = 0, -1.0, None
-    state = common.resume_state(folder, config, iters, args.resume, args.overwrite)
-    if state:
-        start, best, result = state["iter"], state["best"], state["scores"]
-        if start >= iters:
-            print(f"{name}: already trained, {folder / 'last.pth'}")
-            return result
-        G.load_state_dict(state["model"])
-        nets.load_state_dict(state["discriminators"])
-        g_optimizer.load_state_dict(state["g_optimizer"])
-        d_optimizer.load_state_dict(state["d_optimizer"])
-    log = common.RunLog(folder / "log.jsonl", {"event": "start", "stage": name, "weights": str(report), "args": vars(args)}, start)
-    print(f"{name}: {len(source)} labelled images, {len(target) if target else 'no'} target images, {report}")
-
-    batches = common.training_batches
-    source_batches = batches(source, args.batch_size, args.seed, start, iters, args.workers, device)
-    target_batches = target and batches(target, args.batch_size, args.seed + 1, start, iters, args.workers, device)
+    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about)
+    if run.finished:
+        return run.result
+    batches = (args.batch_size, run.start, iters, args.workers, device)
+    source_batches = common.training_batches(source, args.seed, *batches)
+    target_batches = target and common.training_batches(target, args.seed + 1, *batches)
     common.set_mode(G, args.bn)
-    meter, stop = common.Meter(start), common.StopSignal()
-    for it in range(start, iters):
+    for it in range(run.start, iters):
         decay = (1 - it / horizon) ** 0.9
         for group in g_optimizer.param_groups:
             group["lr"] = lr * decay * group["lr_mult"]
@@ -289,24 +288,24 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
             group["lr"] = args.lr_d * decay
         g_optimizer.zero_grad(set_to_none=True)
         d_optimizer.zero_grad(set_to_none=True)
-        with meter.waiting():
+        with run.waiting_for_data():
             source_batch, target_batch = next(source_batches), target and next(target_batches)
 
         # -------- G on source: L_seg = CE(main) + 0.1 CE(aux)
         labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
         prediction = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
-        source_main = upsample(prediction.main, *labels.shape[1:])
+        source_main = upsample(prediction.main, *labels.shape[1:])  # (B, C, H, W)
         source_aux = upsample(prediction.aux, *labels.shape[1:])
         loss_seg_main = segmentation_loss(source_main, labels)
         loss_seg_aux = segmentation_loss(source_aux, labels)
-        loss_seg = loss_seg_main + args.lambda_seg_aux * loss_seg_aux
-        loss_seg.backward()
+        (loss_seg_main + args.lambda_seg_aux * loss_seg_aux).backward()
 
+        loss_adv_main = loss_adv_aux = loss_d_main = loss_d_aux = None
         if target:
             # -------- G on target: its maps should look like the source's. L_adv = 0.001 BCE(D(I_t), source) + aux
             images = common.normalize(target_batch["image"].to(device, non_blocking=True))
             prediction = G(images)
-            target_main = D_main(self_information(upsample(prediction.main, *images.shape[2:])))
+            target_main = D_main(self_information(upsample(prediction.main, *images.shape[2:])))  # (B, 1, H/32, W/32)
             target_aux = D_aux(self_information(upsample(prediction.aux, *images.shape[2:])))
             loss_adv_main = domain_loss(target_main, SOURCE)
             loss_adv_aux = domain_loss(target_aux, SOURCE)
@@ -320,47 +319,21 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
             (loss_d_main + loss_d_aux).backward(inputs=d_params)  # G stays as it is
             d_optimizer.step()
         g_optimizer.step()
-        # -------- end of the method; everything below reports and saves
+        # -------- end of the method; the rest reports and saves
 
-        done = it + 1
-        evaluating = validation and (done == iters or (args.eval_every and done % args.eval_every == 0))
-        saving = evaluating or done == iters or done % args.save_every == 0 or stop.number
-        if saving or done % args.log_every == 0:
-            terms = {"loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux}
-            if target:
-                terms.update(loss_adv_main=loss_adv_main, loss_adv_aux=loss_adv_aux, loss_d_main=loss_d_main, loss_d_aux=loss_d_aux)
-            terms = {key: value.item() for key, value in terms.items()}
-            common.refuse_non_finite(terms, done, source_batch["name"] + (target_batch["name"] if target else []))
-            speed = meter.read(done)
-            log.write(iter=done, **{**dict.fromkeys(LOSSES), **terms}, lr=lr * decay, **speed)  # null: not in this run
-            losses = "  ".join(f"{key[5:]} {value:.3f}" for key, value in terms.items())
-            log.show(f"{name} {done}/{iters}  {losses}  {meter.eta(iters)}", done == iters)
-        if evaluating:
-            outcome = common.evaluate([G], validation, device, args.workers)
-            common.set_mode(G, args.bn)
-            mean = outcome[f"miou{args.num_classes}"] or 0.0
-            result = {key: value for key, value in outcome.items() if key != "confusion"}
-            result["best"] = max(best, mean)  # of this run so far: an oracle, as validation labels choose it
-            log.write(iter=done, event="evaluation", **result)
-            log.show(f"{name} {done}/{iters}  mIoU {mean:.1f} on {result['images']} validation images", True)
-            if mean > best:
-                best = mean
-                common.save_checkpoint(folder / "best.pth", G, iter=done, scores=result, oracle=True)
-        if saving:
-            common.save_checkpoint(
-                folder / "last.pth", G, discriminators=nets.state_dict(), g_optimizer=g_optimizer.state_dict(),
-                d_optimizer=d_optimizer.state_dict(), iter=done, best=best, scores=result, config=config,
-            )  # fmt: skip
-            meter.restart()  # evaluating and saving do not count as training time
-        stop.leave()
-    log.close()
-    stop.close()
-    return result
+        losses = {
+            "loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux, "loss_adv_main": loss_adv_main,
+            "loss_adv_aux": loss_adv_aux, "loss_d_main": loss_d_main, "loss_d_aux": loss_d_aux,
+        }  # fmt: skip
+        names = source_batch["name"] + (target_batch["name"] if target else [])
+        run.after_iteration(it + 1, losses, names, lr * decay)
+    return run.result
 
 
 def training_config(args, name: str, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
-    indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "eval_every", "save_every", "log_every", "workers", "device", "stop_iters"}
+    indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device"}
+    indifferent |= {"eval_every", "save_every", "log_every"}
     if name != "stage3":
         indifferent |= {"ratio", "normalize_entropy"}
     if name == "warmup":  # shared by runs that differ only in what comes after it
@@ -415,7 +388,8 @@ def rank(args, checkpoint: Path, images: dict):
     for split in ("easy", "hard"):
         common.write_text(folder / f"{split}.txt", "".join(f"{row['name']}\n" for row in rows if row["split"] == split))
     common.write_text(folder / "ranking.csv", table.getvalue())
-    print(f"stage 2: {easy} easy, {len(rows) - easy} hard images in {time.perf_counter() - start:.0f} s, {folder / 'ranking.csv'}")
+    seconds = time.perf_counter() - start
+    print(f"stage 2: {easy} easy, {len(rows) - easy} hard images in {seconds:.0f} s, {folder / 'ranking.csv'}")
 
 
 def read_split(args, images: dict) -> tuple:
@@ -461,13 +435,15 @@ def main():
         weights = common.imagenet_weights() if weights == "imagenet" else weights
         if not args.warmup_iters:
             return weights
-        columns["warm-up"] = train(args, "warmup", source, None, validation, weights, args.warmup_iters, args.warmup_iters, args.warmup_lr)
+        schedule = (args.warmup_iters, args.warmup_iters, args.warmup_lr)
+        columns["warm-up"] = train(args, "warmup", source, None, validation, weights, *schedule)
         return args.out / "warmup" / "last.pth"
 
     adversarial = args.lambda_adv_main > 0 or args.lambda_adv_aux > 0
+    schedule = (args.stop_iters, args.max_iters, args.lr)
     if args.stage in ("1", "all"):
         target = common.Images(target_images, args.target_size) if adversarial else None
-        columns["stage 1"] = train(args, "stage1", source, target, validation, initial_weights(), args.stop_iters, args.max_iters, args.lr)
+        columns["stage 1"] = train(args, "stage1", source, target, validation, initial_weights(), *schedule)
     if args.stage in ("2", "all"):
         checkpoint = args.ckpt or args.out / "stage1" / f"{args.select}.pth"
         if not checkpoint.exists():
@@ -477,7 +453,7 @@ def main():
         easy, hard = read_split(args, target_images)
         easy = common.Labelled(easy, "folder", C, args.target_size, seed=args.seed)
         hard = common.Images(hard, args.target_size) if hard and adversarial else None  # λ = 1: self-training alone
-        columns["stage 3"] = train(args, "stage3", easy, hard, validation, initial_weights(), args.stop_iters, args.max_iters, args.lr)
+        columns["stage 3"] = train(args, "stage3", easy, hard, validation, initial_weights(), *schedule)
     columns = {name: result for name, result in columns.items() if result}
     if columns:
         print(f"\nIoU in percent on {next(iter(columns.values()))['images']} validation images, last checkpoint of each stage:")

@@ -458,7 +458,7 @@ def test_sampler_order(start, scenes):
     assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10)) and whole[:10] != whole[10:20]
     assert whole != [index for _, index in common.EndlessSampler(10, 4, 0, 12, 2)]
     for workers in (0, 2):  # any number of workers gives the same order; starting at step k gives its tail
-        batches = common.training_batches(data, 2, 3, start, 12, workers, torch.device("cpu"))
+        batches = common.training_batches(data, 3, 2, start, 12, workers, torch.device("cpu"))
         assert [name for batch in batches for name in batch["name"]] == [data.names[i] for i in whole[2 * start :]]
 
 
@@ -646,7 +646,7 @@ def test_intrada_training_is_the_textbook(monkeypatch):
             optimizer.step()
     state = last("run/stage1")
     assert difference(state["model"], G.state_dict()) < 1e-5
-    discriminators = {f"{name}.{k}": v for name, D in zip(("D_main", "D_aux"), nets) for k, v in D.state_dict().items()}
+    discriminators = {f"{name}.{k}": v for name, D in zip(("main", "aux"), nets) for k, v in D.state_dict().items()}
     assert difference(state["discriminators"], discriminators) < 1e-5
     assert [r["lr"] for r in records("run/stage1")] == [pytest.approx(1e-3 * (1 - it / 4) ** 0.9) for it in range(3)]
 
