@@ -20,6 +20,7 @@ D5  Static thresholds come from confidence histograms of 65,536 linear bins: exa
 D6  Labels made for the stride-8 map and for the full image agree: a static label is picked by nearest-exact, a dynamic one
     is enlarged by nearest-exact.
 D7  A loss over no pixel is 0 with zero gradient (no class in common, a crop that is all ignore).
+D8  An image is never scaled below the crop, so nothing is padded: at the paper's sizes the factor 0.8 becomes 730/850.
 """
 
 import argparse
@@ -191,7 +192,7 @@ def dynamic_labels(features: Tensor, prototypes: Tensor, present: Tensor, tau: f
     features (D,h,w), prototypes (C,D), present (C,) -> (h,w) int64.
     """
     similarity, label = similarities(features, prototypes).masked_fill(~present[:, None], -2).max(0)  # (hw,)
-    return torch.where(similarity > max(tau, -1.5), label, IGNORE).view(features.shape[1:])
+    return torch.where(similarity > tau, label, IGNORE).view(features.shape[1:])
 
 
 def hybrid_labels(static: Tensor, dynamic: Tensor) -> Tensor:
@@ -257,8 +258,10 @@ def predict(G, image: Tensor, out_size: tuple) -> tuple:
 
 
 @torch.no_grad()
-def make_static_labels(args, G, images: dict, folder: Path, device) -> Tensor:
-    """Write <folder>/labels/<name>.png and <folder>/colour/<name>.png for every target image; thresholds (C,) in [0, 1].
+def make_static_labels(args, G, images: dict, folder: Path, device) -> tuple:
+    """Write <folder>/labels/<name>.png and <folder>/colour/<name>.png for every target image.
+
+    Returns the thresholds (C,) in [0, 1] and the share of labelled pixels in percent.
 
     One pass of the network fills the histograms and leaves prediction and confidence on disk; a second pass over those
     files cuts at the thresholds. Memory does not grow with the number of images.
@@ -267,21 +270,23 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> Tensor:
     C, palette, draft = args.num_classes, common.palette_for(args.num_classes), folder / "draft"
     histogram = torch.zeros(C * BINS, dtype=torch.int64, device=device)
     dataset = common.Images(images, args.target_size)
-    for item in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers):
+    for item in common.one_by_one(dataset, args.workers, device):
         label, bins = predict(G, item["image"].to(device), args.target_size)
         histogram += torch.bincount((label.long() * BINS + bins).flatten(), minlength=C * BINS)
         common.write_png(draft / f"{item['name']}.label.png", label.cpu().numpy())
         common.write_png(draft / f"{item['name']}.bins.png", bins.cpu().numpy().astype(np.uint16))
     thresholds = class_thresholds(histogram.view(C, BINS), args.static_ratio).cpu()
+    labelled = 0.0
     for name in images:
         files = (draft / f"{name}.{kind}.png" for kind in ("label", "bins"))
         label, bins = (torch.from_numpy(np.array(common.open_image(file)).astype(np.int64)) for file in files)
         static = choose_static(label, bins, thresholds * BINS, args.static_ratio).to(torch.uint8).numpy()
+        labelled += (static != IGNORE).mean()
         common.write_png(folder / "labels" / f"{name}.png", static)
         common.write_png(folder / "colour" / f"{name}.png", static, palette)
     shutil.rmtree(draft)
-    common.write_text(folder / "thresholds.json", json.dumps(thresholds.tolist()))  # last: says that the labels are whole
-    return thresholds
+    common.write_text(folder / "thresholds.json", json.dumps(thresholds.tolist()))
+    return thresholds, 100 * labelled / len(images)
 
 
 @torch.no_grad()
@@ -371,7 +376,7 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     total, config = rounds * iters, training_config(args, name, rounds, iters, base_lr)
     parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}
     about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}"
-    run = common.Run(args, name, folder, config, total, G, parts, validation, about)
+    run = common.Run(args, name, folder, config, total, G, parts, validation, about, args.overwrite)
     if run.finished:
         return run.result
     short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
@@ -386,14 +391,17 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
-                    thresholds = make_static_labels(args, G, target_images, labels_folder, device)
+                    thresholds, coverage = make_static_labels(args, G, target_images, labels_folder, device)
+                    run.log.show(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", True)
+                    statistics = {}
                     if validation:
                         statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device)
-                        run.log.write(iter=it + 1, event="labels", round=round_, thresholds=thresholds.tolist(), **statistics)
-                        parts = (f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
-                        run.log.show(f"round {round_}: labels on val: {'  '.join(parts)}", True)
+                        texts = (f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
+                        run.log.show(f"round {round_}: labels on val: {'  '.join(texts)}", True)
+                    record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds.tolist()}
+                    run.log.write(iter=it + 1, event="labels", **record, **statistics)
                 static_pairs = {n: (image, labels_folder / "labels" / f"{n}.png") for n, image in target_images.items()}
-                target = common.Labelled(static_pairs, "folder", C, transform=transform, seed=args.seed + 1)
+                target = common.Labelled(static_pairs, "folder", C, same_aspect=False, transform=transform, seed=args.seed + 1)
                 target_batches = common.training_batches(target, args.seed + 1, *batches)
             common.set_mode(G, args.bn)
             run.restart_clock()
@@ -472,18 +480,15 @@ def main():
     validation = common.validation_set(args.target, target_root, args.num_classes, args.target_size)
     source_root = common.dataset_root(args.source, args.data_root, args.source_root)
     source_pairs, columns = common.list_pairs(args.source, source_root), {}
-    weights = {"none": None, "imagenet": "imagenet"}.get(args.init, args.init)
-    weights = common.imagenet_weights() if weights == "imagenet" else weights
+    common.Labelled(source_pairs, args.source, args.num_classes)[0]  # readable at all, before weights are fetched
+    weights = common.initial_weights(args.init)
     if args.warmup_iters:
         schedule = (1, args.warmup_iters, args.warmup_lr)
         columns["warm-up"] = train(args, "warmup", source_pairs, None, validation, weights, *schedule)
         weights = args.out / "warmup" / "last.pth"
     schedule = (args.rounds, args.round_iters, args.lr)
     columns["BCL"] = train(args, "bcl", source_pairs, target_images, validation, weights, *schedule)
-    columns = {name: result for name, result in columns.items() if result}
-    if columns:
-        print(f"\nIoU in percent on {columns['BCL']['images']} validation images, last checkpoints:")
-        print(common.score_table(columns))
+    common.print_results(columns)
 
 
 if __name__ == "__main__":

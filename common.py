@@ -5,7 +5,7 @@ Conventions: sizes are (W, H); tensors are (B, C, H, W); labels are trainIds 0..
 uint8 RGB and become float BGR minus the mean in `normalize`, on the device.
 
 Contents   1 errors and files   2 classes   3 network   4 weight files   5 readers   6 sampling
-           7 evaluation         8 runs: device, processes, checkpoints, log   9 built-in street scenes
+           7 evaluation         8 runs: device, checkpoints, log   9 built-in street scenes
 """
 
 import colorsys
@@ -306,7 +306,7 @@ def read_checkpoint(path) -> dict:
         raise UserError(f"no checkpoint at {path}: check the path")
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a file of plain tensors (loading it would run code, or it is no checkpoint): refused")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error, OverflowError) as error:
         raise UserError(f"{path} is truncated or not a checkpoint ({type(error).__name__}): download or train it again")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: bring a checkpoint of a DeepLab-V2")
@@ -320,9 +320,9 @@ def parse_weights(content: dict, path="weights") -> tuple:
         content = content[key] if isinstance(content.get(key), dict) else content
     state = {}
     for name, value in content.items():
-        while name.startswith(("module.", "_orig_mod.")):
-            name = name.split(".", 1)[1]
-        if isinstance(value, Tensor):
+        if isinstance(name, str) and isinstance(value, Tensor):
+            while name.startswith(("module.", "_orig_mod.")):
+                name = name.split(".", 1)[1]
             state[name] = value
 
     def without(*prefixes):
@@ -402,12 +402,21 @@ def imagenet_weights() -> dict:
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
             f"cannot fetch ImageNet weights ({error}): put {weights.url.split('/')[-1]} into {folder},"
             " or name a weight file with --init FILE"
         )
+
+
+def initial_weights(init: str):
+    """What --init names: None for none, torchvision's state dict for imagenet, else the path of a weight file."""
+    if init == "imagenet":
+        return imagenet_weights()
+    if init != "none" and not Path(init).is_file():
+        raise UserError(f"no weight file at --init {init}: give imagenet, none or a file")
+    return None if init == "none" else Path(init)
 
 
 # ---------------------------------------------------------------- 5 readers
@@ -466,8 +475,10 @@ def _files(folder: Path, suffixes, kind: str) -> dict:
 
 
 def _split_folder(root: Path, kind: str, which: str, split: str) -> Path:
+    """A plain folder has splits only if images/ holds one of train/, val/, test/."""
     folder = root / which.format(split=split)
-    return folder / split if kind == "folder" and (root / "images" / split).is_dir() else folder
+    has_splits = kind == "folder" and any((root / "images" / name).is_dir() for name in ("train", "val", "test"))
+    return folder / split if has_splits else folder
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
@@ -570,19 +581,22 @@ class Images(Dataset):
 class Labelled(Images):
     """Images with labels of one dataset kind; an item also has "label": (H,W) uint8 trainIds.
 
-    native_labels=True keeps the label at its own size (evaluation), otherwise it is resized like the image.
+    native_labels=True keeps the label at its own size (evaluation), otherwise it is resized like the image. A label of
+    another aspect than its image is refused, unless same_aspect=False (pseudo labels have the size the network sees).
     """
 
-    def __init__(self, pairs: dict, kind: str, num_classes: int, size=None, native_labels=False, transform=None, seed: int = 0):
+    def __init__(
+        self, pairs: dict, kind: str, num_classes: int, size=None, native_labels=False, same_aspect=True, transform=None, seed=0
+    ):
         super().__init__({name: image for name, (image, _) in pairs.items()}, size, transform, seed)
         self.label_paths, self.kind = [label for _, label in pairs.values()], kind
-        self.num_classes, self.native_labels = num_classes, native_labels
+        self.num_classes, self.native_labels, self.same_aspect = num_classes, native_labels, same_aspect
 
     def open(self, index):
         image, path = read_image(self.paths[index]), self.label_paths[index]
         label = read_label(path, self.kind, self.num_classes)
         ratio = image.width / image.height * label.height / label.width
-        if not 0.9 < ratio < 1.1:  # GTA5 has pairs of 1914x1052 and 1914x1046; more than that is another picture
+        if self.same_aspect and not 0.9 < ratio < 1.1:  # GTA5 has pairs of 1914x1052 and 1914x1046; more than that is another picture
             sizes = f"{label.width}x{label.height} but its image {image.width}x{image.height}"
             raise UserError(f"{path} is {sizes}: this is not its label, repair the pair")
         return image, label
@@ -597,32 +611,35 @@ class Labelled(Images):
 class EndlessSampler(Sampler):
     """(position, index) pairs: epoch after epoch of seeded permutations of range(length).
 
-    The order depends on (length, seed) alone, not on workers. It can start at any sample position, which makes resuming
-    exact, and of every `group` = batch size x processes positions this process takes `batch` from `offset` on.
+    The order depends on (length, seed) alone, not on workers, and can start at any iteration: resuming is exact.
     """
 
-    def __init__(self, length: int, seed: int, start: int, stop: int, batch: int, rank: int = 0, world: int = 1):
-        self.length, self.seed, self.steps, self.batch = length, seed, range(start, stop), batch
-        self.rank, self.world = rank, world
+    def __init__(self, length: int, seed: int, start: int, stop: int, batch: int):
+        """Covers the iterations start..stop-1 of `batch` samples each."""
+        self.length, self.seed, self.positions = length, seed, range(start * batch, stop * batch)
 
     def __len__(self):
-        return len(self.steps) * self.batch
+        return len(self.positions)
 
     def __iter__(self):
         epoch, order = -1, None
-        for step in self.steps:
-            for b in range(self.batch):
-                position = (step * self.world + self.rank) * self.batch + b
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                yield position, int(order[position % self.length])
+        for position in self.positions:
+            if position // self.length != epoch:
+                epoch = position // self.length
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            yield position, int(order[position % self.length])
 
 
 def training_batches(dataset: Dataset, seed: int, batch: int, start: int, stop: int, workers: int, device):
     """Iterator over the batches of iterations start..stop-1: {"name", "image", ("label")}, a fixed order per seed."""
     sampler, pin = EndlessSampler(len(dataset), seed, start, stop, batch), device.type == "cuda"
     return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
+
+
+def one_by_one(dataset: Dataset, workers: int, device) -> DataLoader:
+    """The items of a dataset in order, without a batch dimension."""
+    pin = device.type == "cuda"
+    return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals)
 
 
 def leave_signals(worker: int):
@@ -678,7 +695,7 @@ def evaluate(models: list, dataset: Labelled, device, workers: int = 0, on_image
         model.eval()
     num_classes, start = models[0].num_classes, time.perf_counter()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for item in DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"):
+    for item in one_by_one(dataset, workers, device):
         image = normalize(item["image"][None].to(device, non_blocking=True))
         label = item["label"].to(device, non_blocking=True)
         # The average of upsampled logits is the upsampled average: upsampling is linear.
@@ -703,6 +720,14 @@ def score_table(columns: dict) -> str:
     if "best" in first:
         lines.append(f"{'best (oracle)':16}" + "".join(f"{s['best']:>14.1f}" for s in columns.values()))
     return "\n".join(lines)
+
+
+def print_results(columns: dict):
+    """The table at the end of a script, over the stages {name: scores or None} that were evaluated."""
+    columns = {name: scores for name, scores in columns.items() if scores}
+    if columns:
+        images = next(iter(columns.values()))["images"]
+        print(f"\nIoU in percent on {images} validation images, last checkpoint of each stage:\n{score_table(columns)}")
 
 
 # ---------------------------------------------------------------- 8 runs: device, checkpoints, log
@@ -794,7 +819,10 @@ def versions() -> dict:
 def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool):
     """The checkpoint to go on from, or None for a fresh start; refuses to mix or overwrite runs silently."""
     last = Path(folder) / "last.pth"
-    if overwrite or not last.exists():
+    if overwrite:  # at once, so that a later --resume cannot pick up what was to be replaced
+        for name in ("last.pth", "best.pth"):
+            (Path(folder) / name).unlink(missing_ok=True)
+    if not last.exists():
         return None
     state = read_checkpoint(last)
     if state.get("format") != FORMAT or "config" not in state:
@@ -820,10 +848,10 @@ class Run:
     `start` is the iteration to begin with, `finished` says that there is none left, `result` holds the last scores.
     """
 
-    def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str):
+    def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str, overwrite=False):
         self.args, self.name, self.folder, self.config, self.iters = args, name, Path(folder), config, iters
         self.model, self.parts, self.validation = model, parts, validation
-        state = resume_state(folder, config, iters, args.resume, args.overwrite)
+        state = resume_state(folder, config, iters, args.resume, overwrite)
         self.start, self.best, self.result = (state["iter"], state["best"], state["scores"]) if state else (0, -1.0, None)
         self.finished = self.start >= iters
         if self.finished:
@@ -856,13 +884,17 @@ class Run:
         args, device = self.args, next(self.model.parameters()).device
         evaluating = self.validation and (done == self.iters or (args.eval_every and done % args.eval_every == 0))
         saving = evaluating or keep or done == self.iters or done % args.save_every == 0 or self.signal.number
-        if saving or done % args.log_every == 0:
+        logging = evaluating or done == self.iters or done % args.log_every == 0
+        if saving or logging:
             values = {term: None if value is None else value.item() for term, value in losses.items()}
             for term, value in values.items():
                 if value is not None and not np.isfinite(value):
                     raise UserError(
                         f"{term} is {value} at iteration {done} (images {', '.join(names)}): lower --lr; it was not saved"
                     )
+        if saving and not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UserError(f"a weight is not finite at iteration {done} (images {', '.join(names)}): lower --lr; it was not saved")
+        if logging:
             seconds = time.perf_counter() - self.clock
             rate = (done - self.last) / seconds
             speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate}
@@ -896,8 +928,8 @@ class Run:
 
 
 def validation_set(kind: str, root, num_classes: int, size):
-    """The target's val split with native labels for `evaluate`; None for a plain folder without labels."""
-    if kind == "folder" and not (Path(root) / "labels").is_dir():
+    """The target's val split with native labels for `evaluate`; None for a plain folder without a labelled val/."""
+    if kind == "folder" and not all((Path(root) / which / "val").is_dir() for which in ("images", "labels")):
         return None
     return Labelled(list_pairs(kind, root, "val"), kind, num_classes, size, native_labels=True)
 
@@ -910,7 +942,10 @@ def demo_scenes(source: str) -> Path:
     root = Path("data/scenes" if source in ("gta5", "folder") else f"data/scenes-{source}")
     if not root.exists():
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
-        write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
+        try:
+            write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
+        except OSError as error:
+            raise UserError(f"cannot draw the scenes into {root} ({error.strerror or error}): run in a folder with free space")
     return root
 
 
@@ -1235,18 +1270,16 @@ def write_png16(path, channels):
 
 
 def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=400, num_target=800,
-                 num_val=100, synthia=False, synscapes=False, progress=None):
+                 num_val=100, synthia=False, synscapes=False):
     """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes trees of drawn scenes below root.
 
     Sizes are (W,H). An image depends on (seed, tree, index) alone. hard.txt and easy.txt list the target images as
-    <city>_<seq>_<frame>; training never reads them. root appears when complete: a killed run leaves root.partial.
-    progress: called with (scenes written, scenes in all) after each scene.
+    <city>_<seq>_<frame>; training never reads them. root appears when complete; a killed run leaves root.<pid>.partial.
     """
     root = Path(root)
-    partial = root.with_name(root.name + ".partial")
+    partial = root.with_name(f"{root.name}.{os.getpid()}.partial")  # two first runs at once do not meet
     if root.exists():
         raise FileExistsError(f"{root} exists already")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     cityscapes, synthia_ids = np.ones(256, np.uint8), np.zeros(256, np.uint16)  # IGNORE: 1 (ego vehicle), 0 (void)
     cityscapes[:19], synthia_ids[:19] = CITYSCAPES_IDS, SYNTHIA_IDS
@@ -1256,7 +1289,7 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
     trees = {"GTA5": num_source, "train": num_target, "val": num_val, "SYNTHIA": num_source * synthia,
              "Synscapes": num_source * synscapes}
     cities = dict(train=("aldenburg", "brennau", "castelmar"), val=("dornfeld", "eastmere"))
-    splits, written = {"hard": [], "easy": []}, 0
+    splits = {"hard": [], "easy": []}
     for number, (tree, count) in enumerate(trees.items()):
         target = tree in cities
         domain, size = ("target", target_size) if target else ("source", source_size)
@@ -1288,9 +1321,11 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
                 write_png16(label_path, np.stack([synthia_ids[label], column, 0 * column], 2))
             else:
                 ids.save(label_path, compress_level=3)
-            written += 1
-            if progress:
-                progress(written, sum(trees.values()))
     for name, stems in splits.items():
         (partial / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
-    os.replace(partial, root)
+    try:
+        os.replace(partial, root)
+    except OSError:
+        if not root.exists():
+            raise
+        shutil.rmtree(partial)  # another process was faster, with the same scenes

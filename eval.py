@@ -4,8 +4,8 @@
     python eval.py --ckpt A.pth B.pth --data-root DIR             on Cityscapes val; two files are averaged
     python eval.py --ckpt A.pth --save-dir out --json out.json    coloured predictions, entropy maps, all numbers
 
-Reads our checkpoints and every published kind (METHODS: AdvEnt, IntraDA, BCL release, single-level DeepLab); the
-architecture is read off the file. The input is resized to --input-size, logits are upsampled to the label's own size.
+Reads our checkpoints and the published kinds (AdvEnt, IntraDA, BCL release, single-level DeepLab); the architecture is
+read off the file. The input is resized to --input-size, logits are upsampled to the label's own size.
 """
 
 import argparse
@@ -55,9 +55,9 @@ def newest_checkpoint() -> Path:
 def select(pairs: dict, subset: Path) -> dict:
     """The pairs whose name, or last part of it, is listed in the file."""
     try:
-        wanted = set(subset.read_text().split())
-    except OSError as error:
-        raise UserError(f"cannot read --subset {subset} ({error.strerror})")
+        wanted = set(subset.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --subset {subset} ({error}): give a text file with a name a line")
     chosen = {name: pair for name, pair in pairs.items() if name in wanted or name.split("/")[-1] in wanted}
     if not chosen:
         raise UserError(f"--subset {subset} names none of the {len(pairs)} images")
@@ -106,6 +106,8 @@ def main():
         print(f"{path}: {report}")
         if model.num_classes != num_classes:
             raise UserError(f"{path} predicts {model.num_classes} classes, {paths[0]} {num_classes}: only like can be averaged")
+    if num_classes != 19 and args.target != "folder":
+        raise UserError(f"{paths[0]} predicts {num_classes} classes, {args.target} has 19: give --target folder --target-root DIR")
     demo = not (args.data_root or args.target_root)
     args.data_root = common.demo_scenes("gta5") if demo else args.data_root
     args.input_size = args.input_size or ((256, 128) if demo else (1024, 512))

@@ -26,10 +26,14 @@ import csv
 import functools
 import hashlib
 import io
+import json
 import math
+import shutil
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +53,7 @@ DEFAULTS = {
     "batch_size": (1, 2),
     "warmup_iters": (0, 600),
     "max_iters": (250_000, 400),
-    "stop_iters": ("120000, SYNTHIA 90000", 400),
+    "stop_iters": ("120000, SYNTHIA 90000", "all of --max-iters"),
     "lr": (2.5e-4, 5e-3),
     "lr_d": (1e-4, 1e-4),
     "eval_every": (2_000, 200),
@@ -106,7 +110,7 @@ def new_parser(doc: str, defaults: dict) -> tuple:
         group.add_argument(flag, help=help, **options)
 
     def as_text(value):
-        is_size = isinstance(value, tuple) and len(value) == 2
+        is_size = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int)
         return str(value).strip("()").replace(", ", "x" if is_size else ",") if isinstance(value, tuple) else value
 
     return parser, add
@@ -125,7 +129,7 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--eval-every", "iterations between evaluations, 0: only at the end", type=WHOLE)
     add(g, "--save-every", "iterations between saves of last.pth", type=POSITIVE)
     add(g, "--log-every", "iterations between records in log.jsonl", type=POSITIVE)
-    add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=WHOLE, default=0)
+    add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=number(int, 0, 2**32 - 1), default=0)
 
     g = parser.add_argument_group("data")
     add(g, "--data-root", "folder that holds GTA5/, Cityscapes/, SYNTHIA/, Synscapes/; without it the demo runs", type=Path)
@@ -155,6 +159,13 @@ def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Nam
     for name, (paper, demo) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, demo if args.demo else paper)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite contradict each other: give one of them")
+    for side in ("source", "target"):
+        if getattr(args, side) == "folder" and not getattr(args, f"{side}_root"):
+            raise UserError(f"--{side} folder needs --{side}-root DIR, the folder that holds images/ and labels/")
+    if args.source_root and args.target_root and args.source_root.resolve() == args.target_root.resolve():
+        raise UserError("--source-root and --target-root are the same folder: training would read target labels")
     if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
         raise UserError("--num-classes other than 19 needs --source folder and --target folder")
     if args.init == "imagenet" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
@@ -194,9 +205,11 @@ def parse_args() -> argparse.Namespace:
     if isinstance(args.source_size, str):
         args.source_size = SOURCE_SIZES[args.source]
     if isinstance(args.stop_iters, str):
-        args.stop_iters = min(args.max_iters, 90_000 if args.source == "synthia" else 120_000)
+        args.stop_iters = args.max_iters if args.demo else min(args.max_iters, 90_000 if args.source == "synthia" else 120_000)
     if args.stop_iters > args.max_iters:
         raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}, where the learning rate is 0")
+    if args.ckpt and args.stage in ("1", "3"):
+        raise UserError(f"--ckpt is what stage 2 ranks with; stage {args.stage} starts from --init")
     if args.num_classes != 19 and args.normalize_entropy:
         raise UserError("--normalize-entropy counts 11 rare classes of the 19: it needs --num-classes 19")
     return args
@@ -273,7 +286,8 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     parts = {"discriminators": D, "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     about = f"{len(source)} labelled images, {len(target) if target else 'no'} target images, {report}"
     config = training_config(args, name, horizon, lr)
-    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about)
+    overwrite = args.overwrite and not (name == "warmup" and args.stage == "3")
+    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, overwrite)
     if run.finished:
         return run.result
     batches = (args.batch_size, run.start, iters, args.workers, device)
@@ -333,79 +347,103 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
 def training_config(args, name: str, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
     indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device"}
-    indifferent |= {"eval_every", "save_every", "log_every"}
-    if name != "stage3":
-        indifferent |= {"ratio", "normalize_entropy"}
-    if name == "warmup":  # shared by runs that differ only in what comes after it
-        indifferent |= {"lr", "lr_d", "max_iters", "lambda_adv_main", "lambda_adv_aux"}
+    indifferent |= {"eval_every", "save_every", "log_every", "ratio", "normalize_entropy"}
     config = {key: str(value) for key, value in vars(args).items() if key not in indifferent}
+    if name == "warmup":  # shared by runs that differ only in what comes after it
+        config = {key: value for key, value in config.items() if key in WARMUP_FLAGS}
     ranking = (args.out / "stage2" / "ranking.csv").read_text() if name == "stage3" else ""
     return {**config, "schedule": str(schedule), "ranking": hashlib.sha256(ranking.encode()).hexdigest()[:12]}
+
+
+WARMUP_FLAGS = """data_root source source_root num_classes init layers width source_size bn lr_backbone_mult lr_head_mult batch_size
+    warmup_lr lambda_seg_aux seed scales warmup_short_side warmup_crop flip""".split()
 
 
 # ---------------------------------------------------------------- stage 2: ranking, split, pseudo labels
 
 
 @torch.no_grad()
-def rank(args, checkpoint: Path, images: dict):
-    """R(X) = mean over pixels and classes of I (main head, eval mode); the floor(λN) images of lowest R are easy.
+def predict_target(args, checkpoint: Path, images: dict) -> dict:
+    """{name: (entropy, normalised entropy)}: R(X) = mean over pixels and classes of I (main head, eval mode).
 
-    Writes <out>/stage2/: ranking.csv (name, entropy, normalized_entropy, split; sorted), easy.txt, hard.txt, and for the
-    easy images labels/<name>.png (trainIds, argmax without threshold) and colour/<name>.png.
+    Writes <out>/stage2/predictions/<name>.png (trainIds, argmax without threshold) and, last, predictions.json. If that
+    is there already, of this checkpoint, size and images, the network does not run again: another λ costs nothing.
     """
-    device, folder = common.choose_device(args.device), args.out / "stage2"
+    device, folder, C = common.choose_device(args.device), args.out / "stage2", args.num_classes
     G, report = common.build_model(checkpoint)
-    if G.num_classes != args.num_classes:
+    if G.num_classes != C:
         raise UserError(f"{checkpoint} predicts {G.num_classes} classes: give --num-classes {G.num_classes}")
+    digest = hashlib.sha256(checkpoint.read_bytes())
+    digest.update(str((args.target_size, list(images))).encode())
+    record = folder / "predictions.json"
+    if record.exists():
+        known = json.loads(record.read_text())
+        if known["of"] == digest.hexdigest():
+            print(f"stage 2: {len(images)} target images are already predicted with {checkpoint}")
+            return known["entropy"]
+        record.unlink()
+    print(f"stage 2: predicting {len(images)} target images with {checkpoint}, {report}")
     G.to(device).eval()
-    print(f"stage 2: ranking {len(images)} target images with {checkpoint}, {report}")
-    palette, rows = common.palette_for(args.num_classes), []
-    (width, height), start = args.target_size, time.perf_counter()
-    dataset = common.Images(images, args.target_size)
-    for item in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=args.workers):
-        logits = G(common.normalize(item["image"][None].to(device))).main
+    (width, height), start, entropies = args.target_size, time.perf_counter(), {}
+    for item in common.one_by_one(common.Images(images, args.target_size), args.workers, device):
+        logits = G(common.normalize(item["image"][None].to(device, non_blocking=True))).main
         label, entropy = torch.empty(height, width, dtype=torch.uint8, device=device), 0.0
-        for first, block in common.upsample_blocks(logits, args.target_size):
+        for first, block in common.upsample_blocks(logits, args.target_size):  # (1, C, rows, W)
             label[first : first + block.shape[2]] = block[0].argmax(0)
             entropy = entropy + self_information(block).sum(dtype=torch.float64)
-        entropy = entropy.item() / (args.num_classes * height * width)
-        label = label.cpu().numpy()
-        factor = rarity_factor(set(label.flat)) if args.num_classes == 19 else 1.0
-        rows.append({"name": item["name"], "entropy": entropy, "normalized_entropy": entropy * factor})
-        common.write_png(folder / "labels" / f"{item['name']}.png", label)
-        common.write_png(folder / "colour" / f"{item['name']}.png", label, palette)
-    rows.sort(key=lambda row: (row["normalized_entropy" if args.normalize_entropy else "entropy"], row["name"]))
-    easy = math.floor(args.ratio * len(rows) + 1e-9)  # 0.29 * 100 is 28.999...
-    for i, row in enumerate(rows):
-        row["split"] = "easy" if i < easy else "hard"
-        if i >= easy:
-            for kind in ("labels", "colour"):
-                (folder / kind / f"{row['name']}.png").unlink()
+        label, entropy = label.cpu().numpy(), entropy.item() / (C * height * width)
+        factor = rarity_factor(set(np.unique(label).tolist())) if C == 19 else 1.0
+        entropies[item["name"]] = (entropy, entropy * factor)
+        common.write_png(folder / "predictions" / f"{item['name']}.png", label)
+    common.write_text(record, json.dumps({"of": digest.hexdigest(), "entropy": entropies}))
+    print(f"stage 2: {len(images)} images in {time.perf_counter() - start:.0f} s")
+    return entropies
+
+
+def rank(args, checkpoint: Path, images: dict):
+    """Sort the target images by entropy; the floor(λN) lowest are easy, the rest hard.
+
+    Writes <out>/stage2/: for the easy images labels/<name>.png (trainIds) and colour/<name>.png, then easy.txt, hard.txt
+    and, last, ranking.csv (name, entropy, normalized_entropy, split; in the order of the ranking).
+    """
+    folder, palette = args.out / "stage2", common.palette_for(args.num_classes)
+    entropies = predict_target(args, checkpoint, images)
+    key = 1 if args.normalize_entropy else 0
+    names = sorted(images, key=lambda name: (entropies[name][key], name))
+    easy = int(Fraction(str(args.ratio)) * len(names))  # as a float, 0.29 * 100 is 28.999...
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    for split in ("easy", "hard"):
-        common.write_text(folder / f"{split}.txt", "".join(f"{row['name']}\n" for row in rows if row["split"] == split))
-    common.write_text(folder / "ranking.csv", table.getvalue())
-    seconds = time.perf_counter() - start
-    print(f"stage 2: {easy} easy, {len(rows) - easy} hard images in {seconds:.0f} s, {folder / 'ranking.csv'}")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["name", "entropy", "normalized_entropy", "split"])
+    writer.writerows([name, *entropies[name], "easy" if i < easy else "hard"] for i, name in enumerate(names))
+    ranking = folder / "ranking.csv"
+    if not ranking.exists() or ranking.read_text() != table.getvalue():
+        ranking.unlink(missing_ok=True)  # absent while the rest is being replaced
+        for kind in ("labels", "colour"):
+            shutil.rmtree(folder / kind, ignore_errors=True)
+        for name in names[:easy]:
+            label = np.asarray(common.open_image(folder / "predictions" / f"{name}.png"))
+            common.write_png(folder / "labels" / f"{name}.png", label)
+            common.write_png(folder / "colour" / f"{name}.png", label, palette)
+        common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in names[:easy]))
+        common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in names[easy:]))
+        common.write_text(ranking, table.getvalue())
+    print(f"stage 2: {easy} easy and {len(names) - easy} hard images, {ranking}")
 
 
 def read_split(args, images: dict) -> tuple:
     """Stage 2's result: ({name: (image, pseudo label)} of the easy images, {name: image} of the hard ones)."""
-    folder, names = args.out / "stage2", {}
-    for split in ("easy", "hard"):
-        if not (folder / "ranking.csv").exists():
-            raise UserError(f"no {folder / 'ranking.csv'}: run intrada.py --stage 2 --out {args.out} first")
-        names[split] = (folder / f"{split}.txt").read_text().splitlines()
-    unknown = [name for name in names["easy"] + names["hard"] if name not in images]
+    folder = args.out / "stage2"
+    if not (folder / "ranking.csv").exists():
+        raise UserError(f"no {folder / 'ranking.csv'}: run intrada.py --stage 2 --out {args.out} first")
+    rows = list(csv.DictReader((folder / "ranking.csv").read_text().splitlines()))
+    unknown = [row["name"] for row in rows if row["name"] not in images]
     if unknown:
         raise UserError(f"{folder} ranks {unknown[0]}, which is no target image: run --stage 2 again on this target")
-    if not names["easy"]:
+    easy = [row["name"] for row in rows if row["split"] == "easy"]
+    if not easy:
         raise UserError("the easy split is empty: raise --ratio and run --stage 2 again")
-    easy = {name: (images[name], folder / "labels" / f"{name}.png") for name in names["easy"]}
-    return easy, {name: images[name] for name in names["hard"]}
+    pairs = {name: (images[name], folder / "labels" / f"{name}.png") for name in easy}
+    return pairs, {row["name"]: images[row["name"]] for row in rows if row["split"] == "hard"}
 
 
 # ---------------------------------------------------------------- main
@@ -417,22 +455,29 @@ def main():
     if args.demo:
         print("Demo: built-in street scenes, a small network and a short schedule. For real data: --data-root DIR (see README).")
         args.data_root = common.demo_scenes(args.source)
-    C, columns = args.num_classes, {}
-    # Every input is looked at before anything is trained or fetched.
+    C, columns, checkpoint = args.num_classes, {}, args.ckpt or args.out / "stage1" / f"{args.select}.pth"
+    # What the chosen stages need is looked at before anything is trained or fetched.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     target_images = common.list_images(args.target, target_root, "train")
-    validation = common.validation_set(args.target, target_root, C, args.target_size)
-    source = None
+    if args.stage in ("2", "all") and (args.ckpt or args.stage == "2") and not checkpoint.exists():
+        raise UserError(f"no {checkpoint}: run intrada.py --stage 1 --out {args.out} first, or name a checkpoint with --ckpt")
+    if args.stage == "3":
+        read_split(args, target_images)
+    if args.stage == "all" and int(Fraction(str(args.ratio)) * len(target_images)) == 0:
+        raise UserError(f"--ratio {args.ratio} of {len(target_images)} target images leaves no easy one: raise it")
+    validation = source = None
     if args.stage != "2":
+        validation = common.validation_set(args.target, target_root, C, args.target_size)
+    if args.stage in ("1", "all") or (args.stage == "3" and args.warmup_iters):
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
-        source = common.Labelled(common.list_pairs(args.source, source_root), args.source, C, args.source_size, seed=args.seed)
+        pairs = common.list_pairs(args.source, source_root)
+        source = common.Labelled(pairs, args.source, C, args.source_size, seed=args.seed)
         source[0]
 
     @functools.cache  # trained or fetched once
     def initial_weights():
         """Path or content of the weights that stages 1 and 3 both start from; None for random ones."""
-        weights = {"none": None, "imagenet": "imagenet"}.get(args.init, args.init)
-        weights = common.imagenet_weights() if weights == "imagenet" else weights
+        weights = common.initial_weights(args.init)
         if not args.warmup_iters:
             return weights
         schedule = (args.warmup_iters, args.warmup_iters, args.warmup_lr)
@@ -445,19 +490,13 @@ def main():
         target = common.Images(target_images, args.target_size) if adversarial else None
         columns["stage 1"] = train(args, "stage1", source, target, validation, initial_weights(), *schedule)
     if args.stage in ("2", "all"):
-        checkpoint = args.ckpt or args.out / "stage1" / f"{args.select}.pth"
-        if not checkpoint.exists():
-            raise UserError(f"no {checkpoint}: run intrada.py --stage 1 --out {args.out} first, or name a checkpoint with --ckpt")
         rank(args, checkpoint, target_images)
     if args.stage in ("3", "all"):
         easy, hard = read_split(args, target_images)
-        easy = common.Labelled(easy, "folder", C, args.target_size, seed=args.seed)
+        easy = common.Labelled(easy, "folder", C, args.target_size, same_aspect=False, seed=args.seed)
         hard = common.Images(hard, args.target_size) if hard and adversarial else None  # λ = 1: self-training alone
         columns["stage 3"] = train(args, "stage3", easy, hard, validation, initial_weights(), *schedule)
-    columns = {name: result for name, result in columns.items() if result}
-    if columns:
-        print(f"\nIoU in percent on {next(iter(columns.values()))['images']} validation images, last checkpoint of each stage:")
-        print(common.score_table(columns))
+    common.print_results(columns)
 
 
 if __name__ == "__main__":
