@@ -59,9 +59,13 @@ DEFAULTS = {
     "warmup_iters": (40_000, 600),
     "warmup_lr": (2.5e-4, 1e-2),
     "rounds": (6, 2),
-    "round_iters": (10_000, 200),
-    "lr": (7.5e-5, 2e-3),
+    "round_iters": (10_000, 150),
+    "lr": (7.5e-5, 5e-3),
     "bn": ("batch", "batch"),
+    "lambda_ent": (0.4, 0.02),
+    "lambda_fcl": (0.1, 0.3),
+    "lambda_bcl": (0.1, 0.3),
+    "target_weight": (1.0, 0.3),
     "lr_backbone_mult": (3.0, 3.0),
     "lr_head_mult": (10.0, 0.3),
     "eval_every": (2_000, 200),
@@ -89,10 +93,10 @@ def parse_args() -> argparse.Namespace:
     add(g, "--momentum", "λ of the EMA prototypes; the paper tries 0.99, 0.999, 0.9999", type=SHARE, default=0.999)
     add(g, "--temperature", "T_c of the contrastive softmax", type=number(float, 1e-3), default=0.1)
     add(g, "--lambda-ce", "weight of the two cross-entropies", type=REAL, default=1.0)
-    add(g, "--lambda-ent", "weight of the two entropies", type=REAL, default=0.4)
-    add(g, "--lambda-fcl", "weight of FCL (target pixels, source prototypes); the paper tries 0.1 to 0.7", type=REAL, default=0.1)
-    add(g, "--lambda-bcl", "weight of BCL (source pixels, target prototypes); the paper tries 0.1 to 0.7", type=REAL, default=0.1)
-    add(g, "--target-weight", "weight of the target's half of both; 0.3 in the released configuration", type=REAL, default=1.0)
+    add(g, "--lambda-ent", "weight of the two entropies", type=REAL)
+    add(g, "--lambda-fcl", "weight of FCL (target pixels, source prototypes); the paper tries 0.1 to 0.7", type=REAL)
+    add(g, "--lambda-bcl", "weight of BCL (source pixels, target prototypes); the paper tries 0.1 to 0.7", type=REAL)
+    add(g, "--target-weight", "weight of the target's half of both; 0.3 in the released configuration", type=REAL)
     add(g, "--static-ratio", "r, share of most confident pixels that get a static label", type=SHARE, default=0.1)
     kinds = ("static", "dynamic", "hybrid")
     add(g, "--labels", "target labels; hybrid is static where there is one, else dynamic", choices=kinds, default="hybrid")

@@ -901,7 +901,7 @@ class Run:
             if device.type == "cuda":
                 speed["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
             self.log.write(iter=done, **values, lr=lr, **more, **speed)
-            text = "  ".join(f"{term[5:]} {value:.3f}" for term, value in values.items() if value is not None)
+            text = "  ".join(f"{term.removeprefix('loss_')} {value:.3f}" for term, value in values.items() if value is not None)
             left = (self.iters - done) / rate / 60
             self.log.show(f"{self.name} {done}/{self.iters}  {text}  {rate:.2f} it/s  {left:.1f} min left", done == self.iters)
             self.last = done
@@ -938,7 +938,7 @@ def validation_set(kind: str, root, num_classes: int, size):
 
 
 def demo_scenes(source: str) -> Path:
-    """The folder of built-in scenes with this source domain; drawn on first use (some 15 s)."""
+    """The folder of built-in scenes with this source domain; drawn on first use (some 10 s)."""
     root = Path("data/scenes" if source in ("gta5", "folder") else f"data/scenes-{source}")
     if not root.exists():
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
@@ -953,13 +953,13 @@ def demo_scenes(source: str) -> Path:
 # Both domains draw the same geometry; they differ only in GAP, HARD and PAINT. Lengths are fractions of the width,
 # opacities and amplitudes fractions of 1.
 VARIETY = dict(surface=0.15, light=0.20, tint=0.06)  # spread between the images of either domain; more: a smaller gap
-GAP = dict(palette=0.25,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
+GAP = dict(palette=0.3,  # 0: the source column of PAINT, 1: the target column; what BatchNorm cannot undo
            desaturate=0.25, contrast=0.87, cast=(1.03, 1.0, 0.88),  # grey share; gain about mid-grey; gain of R, G, B
            texture=0.7, blur=0.0015, noise=0.02, source_noise=0.006)  # texture: relative to source
 HARD = dict(share=0.4, kinds=("fog", "night", "rain"),  # share of the target images; one kind each
-            fog=0.35, night=0.65, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
+            fog=0.40, night=0.60, rain=0.40, streaks=90, reflection=0.4,  # night: light that is left
             # In every hard image, local or directional, so that BatchNorm cannot undo it (plurals are counts):
-            motion=0.012, shadow=0.4, shadows=2, glare=0.6, glares=1, dirt=0.4, dirts=4, drop=0.8, drops=7,
+            motion=0.008, shadow=0.4, shadows=2, glare=0.6, glares=1, dirt=0.4, dirts=3, drop=0.8, drops=5,
             noise=0.01)  # added to GAP's
 PAINT = dict(  # (source RGB, target RGB)
     road=((84, 80, 92), (112, 112, 110)), line=((250, 250, 250), (190, 190, 182)),
@@ -1269,7 +1269,7 @@ def write_png16(path, channels):
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
-def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=400, num_target=800,
+def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=400, num_target=400,
                  num_val=100, synthia=False, synscapes=False):
     """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes trees of drawn scenes below root.
 

@@ -51,10 +51,10 @@ DEFAULTS = {
     "source_size": ("1280x720, SYNTHIA 1280x760", (256, 128)),  # the paper's depend on the dataset: see parse_args
     "target_size": ((1024, 512), (256, 128)),
     "batch_size": (1, 2),
-    "warmup_iters": (0, 600),
+    "warmup_iters": (0, 800),
     "max_iters": (250_000, 400),
     "stop_iters": ("120000, SYNTHIA 90000", "all of --max-iters"),
-    "lr": (2.5e-4, 5e-3),
+    "lr": (2.5e-4, 3e-3),
     "lr_d": (1e-4, 1e-4),
     "eval_every": (2_000, 200),
     "save_every": (1_000, 100),
