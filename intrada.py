@@ -88,7 +88,7 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r}: give a number from {low} to {high}")
         return value
 
