@@ -358,16 +358,6 @@ def augment(short_side: int, scales: tuple, crop: int, flip: bool):
     return transform
 
 
-def build(args, initial, device):
-    """(G without the auxiliary head, its optimizer, WeightReport)."""
-    common.seed_everything(args.seed)
-    G = common.DeepLabV2(args.num_classes, args.layers, args.width, aux=False)
-    report = common.load_weights(G, initial) if initial is not None else "random initial weights"
-    G.to(device)
-    groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
-    return G, torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=5e-4), report
-
-
 def train(args, name: str, source_pairs: dict, target_images, validation, initial, rounds: int, iters: int, base_lr: float):
     """`rounds` rounds of `iters` iterations. target_images None: source-only cross-entropy (the warm-up).
 
@@ -375,7 +365,12 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     """
     device, warmup, C = common.choose_device(args.device), target_images is None, args.num_classes
     folder = args.out / "warmup" if warmup else args.out
-    G, optimizer, report = build(args, initial, device)
+    common.seed_everything(args.seed)
+    G = common.DeepLabV2(C, args.layers, args.width, aux=False)
+    report = common.load_weights(G, initial) if initial is not None else "random initial weights"
+    G.to(device)
+    groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
+    optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
     ema_source, ema_target = (PrototypeEMA(C, 32 * args.width, args.momentum).to(device) for _ in range(2))
     total, config = rounds * iters, training_config(args, name, rounds, iters, base_lr)
     parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}

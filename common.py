@@ -41,8 +41,8 @@ class UserError(Exception):
     """Something the user can put right: one sentence that names the file or flag and what to do."""
 
     def __init__(self, message: str):
-        # A DataLoader worker hands an exception on inside its printed traceback; the sentence is that text's last line.
-        super().__init__(message.rstrip().splitlines()[-1].split("UserError: ")[-1])
+        # A DataLoader worker hands an exception on inside its printed traceback, which ends with "UserError: " and the sentence.
+        super().__init__(" ".join(message.split("UserError: ")[-1].splitlines()))
 
 
 def run(main):
@@ -848,7 +848,7 @@ class Run:
     `start` is the iteration to begin with, `finished` says that there is none left, `result` holds the last scores.
     """
 
-    def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str, overwrite=False):
+    def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str, overwrite: bool):
         self.args, self.name, self.folder, self.config, self.iters = args, name, Path(folder), config, iters
         self.model, self.parts, self.validation = model, parts, validation
         state = resume_state(folder, config, iters, args.resume, overwrite)
@@ -939,7 +939,7 @@ def validation_set(kind: str, root, num_classes: int, size):
 
 def demo_scenes(source: str) -> Path:
     """The folder of built-in scenes with this source domain; drawn on first use (some 10 s)."""
-    root = Path("data/scenes" if source in ("gta5", "folder") else f"data/scenes-{source}")
+    root = Path("data/scenes" if source == "gta5" else f"data/scenes-{source}")
     if not root.exists():
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
         try:

@@ -43,7 +43,7 @@ from common import UserError
 
 # ---------------------------------------------------------------- arguments
 
-# flag: (paper, demo). Both methods' constants in one place; --help shows them.
+# flag: (paper, demo); --help shows both.
 DEFAULTS = {
     "init": ("imagenet", "none"),
     "layers": ((3, 4, 23, 3), (1, 1, 1, 1)),
