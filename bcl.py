@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import common
 from common import IGNORE
 from intrada import (
-    POSITIVE, REAL, SHARE, SWITCH, WHOLE, add_shared_flags, finish_args, new_parser, number, segmentation_loss,
+    POSITIVE, REAL, SHARE, SIDE, SWITCH, WHOLE, add_shared_flags, finish_args, new_parser, number, segmentation_loss,
     self_information, size, training_config, upsample,
 )  # fmt: skip
 
@@ -111,11 +111,11 @@ def parse_args() -> argparse.Namespace:
     add(g, "--batch-size", "pairs of a source and a target image per iteration", type=POSITIVE)
 
     g = parser.add_argument_group("images")
-    add(g, "--short-side", "short side of an image before the crop, times one of --scales", type=POSITIVE)
+    add(g, "--short-side", "short side of an image before the crop, times one of --scales", type=number(int, 1, 16384))
     add(g, "--scales", "factors, one is drawn per image", type=scales)
-    add(g, "--crop", "side of the random square crop", type=number(int, 32))
-    add(g, "--warmup-short-side", "--short-side of the warm-up", type=POSITIVE)
-    add(g, "--warmup-crop", "--crop of the warm-up", type=number(int, 32))
+    add(g, "--crop", "side of the random square crop", type=SIDE)
+    add(g, "--warmup-short-side", "--short-side of the warm-up", type=number(int, 1, 16384))
+    add(g, "--warmup-crop", "--crop of the warm-up", type=SIDE)
     add(g, "--flip", "mirror an image with probability 1/2", default=True, **SWITCH)
     add(g, "--target-size", "whole target images are resized to WxH for static labels and evaluation", type=size)
 
@@ -479,7 +479,17 @@ def main():
     validation = common.validation_set(args.target, target_root, args.num_classes, args.target_size)
     source_root = common.dataset_root(args.source, args.data_root, args.source_root)
     source_pairs, columns = common.list_pairs(args.source, source_root), {}
-    common.Labelled(source_pairs, args.source, args.num_classes)[0]  # readable at all, before weights are fetched
+    source = common.Labelled(source_pairs, args.source, args.num_classes)
+    if args.check:
+        datasets = {"source": source, "target": common.Images(target_images), "validation": validation}
+        G = common.DeepLabV2(args.num_classes, args.layers, args.width, aux=False)
+        checkpoints = (1 + bool(args.warmup_iters)) * common.training_bytes([(G, 2)], G, getattr(args, "keep", 0))
+        # Of a target image a round's label and its colour, 2 bits a pixel, amply; for a while, confidences of 16 bits.
+        pictures = len(target_images) * math.prod(args.target_size) * (args.rounds / 2 + 2.25)
+        return common.check(args, datasets, G, checkpoints + pictures)
+    for labelled in (source, validation):  # readable at all, before weights are fetched
+        if labelled:
+            labelled.look()
     weights = common.initial_weights(args.init)
     if args.warmup_iters:
         schedule = (1, args.warmup_iters, args.warmup_lr)

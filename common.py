@@ -4,12 +4,13 @@ No losses, no training loop and no argument parsing live here: those are the met
 Conventions: sizes are (W, H); tensors are (B, C, H, W); labels are trainIds 0..C-1 with 255 = ignore; images travel as
 uint8 RGB and become float BGR minus the mean in `normalize`, on the device.
 
-Contents   1 errors and files   2 classes   3 network   4 weight files   5 readers   6 sampling
-           7 evaluation         8 runs: device, checkpoints, log   9 built-in street scenes
+Contents   1 errors and files   2 classes   3 network   4 weight files   5 readers   6 sampling   7 evaluation
+           8 look before you train   9 runs: device, checkpoints, log   10 built-in street scenes
 """
 
 import colorsys
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import time
 import urllib.error
+import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,16 +48,48 @@ class UserError(Exception):
         super().__init__(" ".join(message.split("UserError: ")[-1].splitlines()))
 
 
+def as_sentence(error: Exception):
+    """What to tell the user about an exception that their input or machine causes; None for one that may be a bug here."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of memory" in text):
+        return (
+            "out of GPU memory: lower --batch-size (--grad-accum makes up for it) or the image sizes (--source-size,"
+            " --target-size, --crop), or add --amp or --checkpoint-activations"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "out of memory: lower --batch-size, --workers, --width or the image sizes (--source-size, --target-size, --crop)"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"a process that reads images died ({text}): lower --workers or --batch-size, or give it more (shared) memory"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or text}; check the path, its permissions and the disk"
+    return None
+
+
 def run(main):
-    """Call a script's main(); a UserError becomes one line on stderr and exit status 2, an interrupt 130."""
+    """Call a script's main(); what `as_sentence` knows becomes one line on stderr and exit status 2, an interrupt 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without λ, a path that is no UTF-8: print escapes, do not fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except torch.cuda.OutOfMemoryError:
-        sys.exit(print("error: out of GPU memory: lower --batch-size or the image sizes", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        sentence = as_sentence(error)
+        if sentence is None:
+            raise
+        sys.exit(print(f"error: {sentence}", file=sys.stderr) or 2)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, a missing permission or a folder in the way become a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another folder")
 
 
 @contextlib.contextmanager
@@ -63,17 +98,33 @@ def atomic_write(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): free the disk or choose another folder")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def nearest_folder(path) -> Path:
+    """The folder itself or, where it is not made yet, the one that it would be made in; a file if one is in the way."""
+    path = Path(path).absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def writable(out, *below):
+    """Refuse the output folder `out` at the start if it, or one of these subfolders, cannot be written. Makes nothing."""
+    for path in map(nearest_folder, (out, *(Path(out, name) for name in below))):
+        if not path.is_dir():
+            raise UserError(f"--out {out}: {path} is in the way, it is not a folder; remove it or choose another --out")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--out {out}: {path} cannot be written; change its permissions or choose another --out")
 
 
 def write_text(path, text: str):
@@ -300,13 +351,17 @@ class WeightReport(NamedTuple):
 
 def read_checkpoint(path) -> dict:
     """The dict of tensors and plain values in a .pth file. Code in a file is never run (weights_only)."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: name the .pth file in it")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: check the path")
+    except PermissionError:
+        raise UserError(f"cannot read {path}: change its permissions")
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a file of plain tensors (loading it would run code, or it is no checkpoint): refused")
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error, OverflowError) as error:
+    except Exception as error:  # a damaged pickle can make torch stumble anywhere
         raise UserError(f"{path} is truncated or not a checkpoint ({type(error).__name__}): download or train it again")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: bring a checkpoint of a DeepLab-V2")
@@ -323,6 +378,10 @@ def parse_weights(content: dict, path="weights") -> tuple:
         if isinstance(name, str) and isinstance(value, Tensor):
             while name.startswith(("module.", "_orig_mod.")):
                 name = name.split(".", 1)[1]
+            if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta or value.is_complex():
+                raise UserError(f"{path}: {name} is no plain dense tensor (sparse, quantised, complex or without data): save it as float32")
+            if value.is_floating_point() and not value.float().isfinite().all():  # float(): float8 knows no isfinite
+                raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
             state[name] = value
 
     def without(*prefixes):
@@ -374,6 +433,9 @@ def load_weights(model: DeepLabV2, source) -> WeightReport:
     initialised = [name for name in absent if name.startswith(WEIGHT_KINDS[kind])] if WEIGHT_KINDS[kind] else []
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     wrong += [name for name in absent if name not in initialised]
+    whole = [n for n in state if n in own and own[n].is_floating_point() and not state[n].is_floating_point()]
+    if whole:
+        raise UserError(f"{path} ({kind}): {whole[0]} has type {state[whole[0]].dtype}; bring weights in floating point")
     if wrong:
         found, wanted = (tuple(d[wrong[0]].shape) if wrong[0] in d else "missing" for d in (state, own))
         raise UserError(
@@ -393,6 +455,8 @@ def build_model(path) -> tuple:
         num_classes, width = state["layer6.conv2d_list.0.bias"].shape[0], state["conv1.weight"].shape[0]
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} has no trained classifier (layer6): evaluate a checkpoint, not initial weights")
+    if not (2 <= num_classes <= 255 and 1 <= width <= 1024 and max(layers) <= len(state)):  # before it is built
+        raise UserError(f"{path}: {num_classes} classes, width {width}, blocks {layers} are no DeepLab-V2: the file is damaged")
     model = DeepLabV2(num_classes, layers, width, aux=any(n.startswith("layer5.") for n in state))
     return model, load_weights(model, content)
 
@@ -429,16 +493,17 @@ class Layout(NamedTuple):
     image_suffix: tuple
     label_suffix: str
     ids: tuple  # label id of every trainId
+    last_id: int  # ids run from 0 to this one; 255 is the -1 of ids kept in 8 bits. Any other value is no id
 
 
 LAYOUTS = {
-    "gta5": Layout(("GTA5",), "images", "labels", (".png",), ".png", CITYSCAPES_IDS),
-    "synthia": Layout(("SYNTHIA", "RAND_CITYSCAPES"), "RGB", "GT/LABELS", (".png",), ".png", SYNTHIA_IDS),
-    "synscapes": Layout(("Synscapes",), "img/rgb", "img/class", (".png",), ".png", CITYSCAPES_IDS),
+    "gta5": Layout(("GTA5",), "images", "labels", (".png",), ".png", CITYSCAPES_IDS, 33),
+    "synthia": Layout(("SYNTHIA", "RAND_CITYSCAPES"), "RGB", "GT/LABELS", (".png",), ".png", SYNTHIA_IDS, 22),
+    "synscapes": Layout(("Synscapes",), "img/rgb", "img/class", (".png",), ".png", CITYSCAPES_IDS, 33),
     "cityscapes": Layout(
-        ("Cityscapes",), "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png", CITYSCAPES_IDS
+        ("Cityscapes",), "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png", CITYSCAPES_IDS, 33
     ),
-    "folder": Layout(("",), "images", "labels", (".png", ".jpg", ".jpeg"), ".png", tuple(range(255))),
+    "folder": Layout(("",), "images", "labels", (".png", ".jpg", ".jpeg"), ".png", tuple(range(255)), 254),
 }  # fmt: skip
 
 
@@ -458,12 +523,25 @@ def _files(folder: Path, suffixes, kind: str) -> dict:
         folder = folder / folder.name
     if not folder.is_dir():
         raise UserError(f"no folder {folder} for {kind}: check the dataset's root and that the archive is unpacked")
-    found = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
+
+    def unreadable(error):
+        raise UserError(f"cannot read folder {error.filename} ({error.strerror}): change its permissions")
+
+    found, seen = {}, set()
+    for parent, _, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        if os.path.realpath(parent) in seen:
+            raise UserError(f"{parent} is {os.path.realpath(parent)} once more: remove the link")
+        seen.add(os.path.realpath(parent))
         for name in names:
             suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
             if suffix and not name.startswith("."):
-                found[Path(parent, name[: -len(suffix)]).relative_to(folder).as_posix()] = Path(parent, name)
+                path = Path(parent, name)
+                key = Path(parent, name[: -len(suffix)]).relative_to(folder).as_posix()
+                if not key.isprintable():  # names become lines of text files
+                    raise UserError(f"{str(path)!a}: the name holds a line break, a control character or no UTF-8; rename it")
+                if key in found:
+                    raise UserError(f"{found[key]} and {path} are two files of one name: remove one")
+                found[key] = path
 
     def natural(key):
         head, _, tail = key.rpartition("/")
@@ -502,39 +580,70 @@ def list_pairs(kind: str, root, split: str = "train") -> dict:
 
 
 def open_image(path, low_bytes: bool = False) -> Image.Image:
-    """A decoded Pillow image; a UserError that names the file if it is missing, broken or absurdly large.
+    """A decoded Pillow image; a UserError that names the file if it is no PNG or JPEG, broken or absurdly large.
 
     low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, give the low byte instead.
     """
+    if not os.path.isfile(path):
+        raise UserError(f"no image at {path}: check the path; a folder or a broken link may be in its place")
     try:
-        image = Image.open(path)
+        with warnings.catch_warnings():  # up to twice the limit of pixels Pillow would only warn
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("PNG", "JPEG"))
         if low_bytes:
             if str(image.tile[0][3]) != "RGB;16B":
                 raise UserError(f"{path} is no 16-bit RGB file (mode {image.mode}): bring GT/LABELS as downloaded")
             image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # read big-endian pairs as little-endian ones
         image.load()
         return image
-    except FileNotFoundError:
-        raise UserError(f"no image at {path}: check the path")
-    except Image.DecompressionBombError:
-        raise UserError(f"{path} claims absurd dimensions: refused, replace the file")
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path} claims absurd dimensions (more than {Image.MAX_IMAGE_PIXELS} pixels): replace the file")
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path} is neither PNG nor JPEG, or is cut off in its first bytes: bring it again")
+    except PermissionError:
+        raise UserError(f"cannot read {path}: change its permissions")
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error, struct.error) as error:
         raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
 
 
+def verify_file(path):
+    """UserError if a checksum in a PNG file is wrong or its end is missing: Pillow decodes such files where it can."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            image.verify()
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error, struct.error) as error:
+        raise UserError(f"{path} can be decoded, but is damaged ({error}): bring it again")
+
+
 def read_image(path) -> Image.Image:
-    return open_image(path).convert("RGB")
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")):  # conversion would clip all of it to white
+        raise UserError(f"{path} has mode {image.mode}, 16 or more bits of grey: bring 8-bit images")
+    return image.convert("RGB")
 
 
 def read_label(path, kind: str, num_classes: int) -> Image.Image:
-    """A label file as an 8-bit Pillow image of trainIds 0..num_classes-1 and 255."""
+    """A label file as an 8-bit Pillow image of trainIds 0..num_classes-1 and 255. A file most of whose pixels hold
+    values that are no ids of this kind of dataset is refused."""
     if kind == "synthia":  # 16 bits a channel, class id in R (ids are below 256); torchvision reads these only from 0.21 on
         ids = np.asarray(open_image(path, low_bytes=True))[:, :, 0]
     else:
         image = open_image(path)
         if image.mode not in ("P", "L", "1"):  # for a palette file the index is the id: never convert
-            raise UserError(f"{path} has mode {image.mode}, not one id per pixel: bring label ids, not colours")
+            bits = " (16 bits)" if image.mode.startswith("I") else ""
+            raise UserError(f"{path} has mode {image.mode}{bits}, not one 8-bit id per pixel: bring label ids, not colours")
+        if image.format != "PNG":
+            raise UserError(f"{path} is a {image.format} file, which blurs ids: bring the label as PNG")
         ids = np.asarray(image).astype(np.uint8)
+    last_id = min(LAYOUTS[kind].last_id, num_classes - 1 if kind == "folder" else IGNORE)
+    foreign = Image.fromarray(ids).histogram()[last_id + 1 : IGNORE]
+    if 2 * sum(foreign) > ids.size:
+        value = last_id + 1 + int(np.argmax(foreign))
+        hint = "or is --num-classes too low?" if kind == "folder" else f"or is it no {kind} file?"
+        raise UserError(
+            f"{path}: {100 * sum(foreign) / ids.size:.0f} % of its pixels are no ids 0 to {last_id} (most often {value});"
+            f" is it colour-coded, or 16 bits flattened to 8, {hint}"
+        )
     return Image.fromarray(trainid_table(LAYOUTS[kind].ids[:num_classes])[ids])
 
 
@@ -603,6 +712,22 @@ class Labelled(Images):
 
     def resize_label(self, label):
         return label if self.native_labels else resize(label, self.size, "label")
+
+    def look(self, count: int = 8):
+        """Open `count` pairs spread over the set; a UserError if one is unreadable, if next to none of their pixels, under
+        2 % in every one of them, is of a known class, or if the ids look like trainIds. For labels that the user brings:
+        pseudo labels may be empty."""
+        chosen = sorted({i * (len(self) - 1) // max(count - 1, 1) for i in range(count)})
+        labels = [np.asarray(self.open(index)[1]) for index in chosen]
+        known = [np.mean(label != IGNORE) for label in labels]
+        if max(known) < 0.02:
+            raise UserError(
+                f"{self.label_paths[0]}: next to no pixel is of one of the {self.num_classes} classes, nor in other labels of"
+                f" this folder; are they colour-coded, trainIds, 16 bits flattened to 8, or no {self.kind} labels?"
+            )
+        # Of trainIds taken for ids, road to sky vanish and sign, vegetation to car turn into what has ids up to 18.
+        if LAYOUTS[self.kind].ids is CITYSCAPES_IDS and np.mean(known) < 0.7 and max(y[y != IGNORE].max() for y in labels if y.min() < IGNORE) < 6:
+            raise UserError(f"{self.label_paths[0]}: no id above 18 in this and other labels, they look like trainIds: bring label ids")
 
 
 # ---------------------------------------------------------------- 6 sampling
@@ -730,7 +855,121 @@ def print_results(columns: dict):
         print(f"\nIoU in percent on {images} validation images, last checkpoint of each stage:\n{score_table(columns)}")
 
 
-# ---------------------------------------------------------------- 8 runs: device, checkpoints, log
+# ---------------------------------------------------------------- 8 look before you train
+
+
+class Inspection(Dataset):
+    """What --check notes about each item of an Images or Labelled dataset: {"error"} for one that training would stumble
+    over or that is damaged, else {"size", "odd"} and of a label {"encoding", "pixels" (256 counts of trainIds)}."""
+
+    def __init__(self, dataset: Images):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index) -> dict:
+        data = self.dataset
+        try:
+            image, label = data.open(index)
+            for path in [data.paths[index]] + ([] if label is None else [data.label_paths[index]]):
+                verify_file(path)
+        except UserError as error:
+            return {"error": str(error)}
+        except MemoryError:
+            return {"error": f"{data.paths[index]} does not fit into memory"}
+        note = {"size": f"{image.width}x{image.height}", "odd": ""}
+        if min(image.size) < 32 or max(image.size) > 8 * min(image.size):
+            note["odd"] = f"{data.paths[index]} is {note['size']}"
+        if label is not None:
+            head = Path(data.label_paths[index]).read_bytes()[24:26]  # bit depth and colour type in a PNG's IHDR
+            note["encoding"] = f"{head[0]}-bit {({0: 'grey', 2: 'RGB', 3: 'palette'}).get(head[1], 'other')}"
+            note["pixels"] = label.histogram()
+            if label.size != image.size:
+                note["odd"] = f"{data.label_paths[index]} is {label.width}x{label.height}, its image {note['size']}"
+            elif note["pixels"][IGNORE] > 0.98 * image.width * image.height:
+                note["odd"] = f"{data.label_paths[index]} has next to no pixel of a known class"
+        return note
+
+
+def check_data(title: str, dataset: Images, workers: int) -> tuple:
+    """Open every file of a dataset and print what is in it: (number of errors, the first three of them).
+
+    Memory does not grow with the number of files, but with that of distinct image sizes.
+    """
+    seen, first, pixels = {key: Counter() for key in ("size", "encoding", "odd", "error")}, {"odd": [], "error": []}, np.zeros(256, np.int64)
+    live, shown = sys.stdout.isatty(), 0.0
+    for i, note in enumerate(one_by_one(Inspection(dataset), max(1, workers), torch.device("cpu"))):
+        for key in ("size", "encoding"):
+            seen[key].update([note[key]] if key in note else [])
+        for key in first:
+            if note.get(key):
+                seen[key]["all"] += 1
+                first[key] += [note[key]] if len(first[key]) < 3 else []
+        pixels += np.array(note.get("pixels", 0))
+        if live and time.perf_counter() - shown > 0.2:
+            shown = time.perf_counter()
+            print(f"\r\033[K{title} {i + 1}/{len(dataset)}", end="", flush=True)
+
+    def counts(counter):
+        some = ", ".join(f"{key} ({n})" for key, n in counter.most_common(5))
+        return some + (f" and {len(counter) - 5} others" if len(counter) > 5 else "")
+
+    print("\r\033[K" * live + f"{title}: {len(dataset)} {'pairs' if isinstance(dataset, Labelled) else 'images'}")
+    print(f"  image sizes   {counts(seen['size'])}")
+    if pixels.any():
+        share = 100 * pixels / pixels.sum()
+        shares = [f"{name} {x:.1f}" for name, x in zip(class_names(dataset.num_classes), share)]
+        print(f"  labels        {counts(seen['encoding'])}\n  % of pixels   {', '.join(shares)}; ignored {share[IGNORE]:.1f}")
+    for key, name in (("odd", "odd"), ("error", "unusable")):
+        if first[key]:
+            print(f"  {name:14}{seen[key]['all']}: {'; '.join(first[key])}{'; ...' * (seen[key]['all'] > 3)}")
+    return seen["error"]["all"], first["error"]
+
+
+def training_bytes(parts: list, model: DeepLabV2, keep: int) -> int:
+    """Most that one training writes: last.pth, a temporary copy of it, `keep` older ones, and best.pth with the model alone.
+
+    parts: [(module in last.pth, numbers kept per weight: with SGD's momentum 2, with Adam's moments 3)].
+    """
+
+    def size(module):
+        return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+    return (2 + keep) * sum(size(module) * numbers for module, numbers in parts) + size(model)
+
+
+def check(args, datasets: dict, model: DeepLabV2, files: float):
+    """--check: report on the datasets {title: dataset or None}, on loading --init into the model, and on the disk, where
+    the run will write at most `files` bytes. Returns if all is well, else raises a UserError with the first problem."""
+    problems, more = [], 0
+
+    def attempt(call):
+        try:
+            call()
+        except UserError as error:
+            problems.append(str(error))
+
+    for title, dataset in datasets.items():
+        if dataset:
+            errors, first = check_data(title, dataset, args.workers)
+            problems, more = problems + first, more + errors - len(first)
+            if isinstance(dataset, Labelled) and dataset.same_aspect and not errors:
+                attempt(dataset.look)
+    if args.init not in ("none", "imagenet"):
+        attempt(lambda: print(f"--init {args.init}: {load_weights(model, initial_weights(args.init))}"))
+    folder, present = nearest_folder(args.out), sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    lacking = files - present - shutil.disk_usage(folder).free
+    print(f"disk: the run writes up to {files / 1e9:.2f} GB, {present / 1e9:.2f} are there; {folder} has {(files - present - lacking) / 1e9:.2f} free")
+    if lacking > 0:
+        problems.append(f"--out {args.out} lacks {lacking / 1e9:.2f} GB: free the disk or choose another folder")
+    if problems:
+        found = len(problems) + more
+        raise UserError(f"--check found {found} problem{'s' * (found > 1)}, the first: {problems[0]}")
+    print("all is well")
+
+
+# ---------------------------------------------------------------- 9 runs: device, checkpoints, log
 
 FORMAT = "intrada-bcl 1"  # header of our checkpoints
 
@@ -934,7 +1173,7 @@ def validation_set(kind: str, root, num_classes: int, size):
     return Labelled(list_pairs(kind, root, "val"), kind, num_classes, size, native_labels=True)
 
 
-# ---------------------------------------------------------------- 9 built-in street scenes
+# ---------------------------------------------------------------- 10 built-in street scenes
 
 
 def demo_scenes(source: str) -> Path:

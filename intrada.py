@@ -23,6 +23,7 @@ D6  The demo has no ImageNet weights, so it first trains on source alone (--warm
 
 import argparse
 import csv
+import difflib
 import functools
 import hashlib
 import io
@@ -70,14 +71,14 @@ SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440,
 
 def size(text: str) -> tuple:
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and min(int(width), int(height)) >= 32):
+    if not (width.isdecimal() and height.isdecimal() and 32 <= min(int(width), int(height)) <= max(int(width), int(height)) <= 16384):
         raise argparse.ArgumentTypeError(f"{text!r}: give WxH, at least 32x32 (D halves a map five times), say 1024x512")
     return int(width), int(height)
 
 
 def layers(text: str) -> tuple:
     counts = text.split(",")
-    if len(counts) != 4 or not all(c.isdigit() and int(c) for c in counts):
+    if len(counts) != 4 or not all(c.isdecimal() and 0 < int(c) < 1000 for c in counts):
         raise argparse.ArgumentTypeError(f"{text!r}: give four block counts, say 3,4,23,3")
     return tuple(map(int, counts))
 
@@ -89,17 +90,36 @@ def number(kind, low, high=math.inf):
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text!r}: give a number from {low} to {high}")
+            limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r}: give a {'whole ' * (kind is int)}number {limit}")
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    if not text.strip():  # Path("") would be the current folder
+        raise argparse.ArgumentTypeError(f"{text!r}: give a path")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are one sentence, with the flag that a mistyped one may stand for."""
+
+    def error(self, message: str):
+        kind, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown and not kind:
+            flag = unknown.split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message = f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}" + (f": did you mean {near[0]}?" if near else "")
+        raise UserError(f"{message} (--help lists all flags)")
 
 
 def new_parser(doc: str, defaults: dict) -> tuple:
     """(parser, add) where add(group, flag, help, **options) ends the help with the default, or with both of a table
     {name: (paper, demo)}."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=raw, allow_abbrev=False)
 
     def add(group, flag, help, **options):
         if flag[2:].replace("-", "_") in defaults:
@@ -116,14 +136,16 @@ def new_parser(doc: str, defaults: dict) -> tuple:
     return parser, add
 
 
-WHOLE, POSITIVE, REAL, SHARE = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
+WHOLE, POSITIVE, REAL, SHARE = number(int, 0, 10**9), number(int, 1, 10**9), number(float, 0), number(float, 0, 1)
+SIDE = number(int, 32, 16384)
 SWITCH = {"action": argparse.BooleanOptionalAction}
 
 
 def add_shared_flags(parser, add, out: str):
     """The flags that intrada.py and bcl.py have in common: run, data, network and speed."""
     g = parser.add_argument_group("run")
-    add(g, "--out", "folder of this run's files", type=Path, default=Path(out))
+    add(g, "--out", "folder of this run's files", type=path, default=Path(out))
+    add(g, "--check", "open every file of the datasets, report, train nothing; exit status 2 if something is wrong", action="store_true")
     add(g, "--resume", "continue an unfinished run from its last.pth", action="store_true")
     add(g, "--overwrite", "start over where --out holds another run", action="store_true")
     add(g, "--eval-every", "iterations between evaluations, 0: only at the end", type=WHOLE)
@@ -132,23 +154,23 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=number(int, 0, 2**32 - 1), default=0)
 
     g = parser.add_argument_group("data")
-    add(g, "--data-root", "folder that holds GTA5/, Cityscapes/, SYNTHIA/, Synscapes/; without it the demo runs", type=Path)
+    add(g, "--data-root", "folder that holds GTA5/, Cityscapes/, SYNTHIA/, Synscapes/; without it the demo runs", type=path)
     add(g, "--source", "labelled domain", choices=("gta5", "synthia", "synscapes", "folder"), default="gta5")
     add(g, "--target", "unlabelled domain", choices=("cityscapes", "folder"), default="cityscapes")
-    add(g, "--source-root", "the source's own folder, if not under --data-root", type=Path)
-    add(g, "--target-root", "the target's own folder, if not under --data-root", type=Path)
+    add(g, "--source-root", "the source's own folder, if not under --data-root", type=path)
+    add(g, "--target-root", "the target's own folder, if not under --data-root", type=path)
     add(g, "--num-classes", "C; other than 19 needs --source folder and --target folder", type=number(int, 2, 255), default=19)
 
     g = parser.add_argument_group("network")
     add(g, "--init", "initial weights: imagenet, none (random) or a weight file")
     add(g, "--layers", "blocks per ResNet stage", type=layers)
-    add(g, "--width", "channels of the stem, and of D's first layer", type=POSITIVE)
+    add(g, "--width", "channels of the stem, and of D's first layer", type=number(int, 1, 1024))
     add(g, "--bn", "statistics BatchNorm trains with: the batch's (the papers) or the running ones", choices=("batch", "running"))
     add(g, "--lr-backbone-mult", "factor on the backbone's learning rate: 3 as the released code, 1 as the paper's text", type=REAL)
     add(g, "--lr-head-mult", "factor on the heads' learning rate", type=REAL)
 
     g = parser.add_argument_group("speed")
-    add(g, "--workers", "processes that read images", type=WHOLE)
+    add(g, "--workers", "processes that read images", type=number(int, 0, 256))
     add(g, "--device", "cpu or cuda; cuda if there is one", choices=("cpu", "cuda"))
 
 
@@ -168,6 +190,7 @@ def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Nam
         raise UserError("--source-root and --target-root are the same folder: training would read target labels")
     if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
         raise UserError("--num-classes other than 19 needs --source folder and --target folder")
+    common.writable(args.out, "warmup", "stage1", "stage2", "stage3")
     if args.init == "imagenet" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
     return args
@@ -178,7 +201,7 @@ def parse_args() -> argparse.Namespace:
     g = parser.add_argument_group("stages")
     stages = ("1", "2", "3", "all")
     add(g, "--stage", "1 inter-domain, 2 ranking and pseudo labels, 3 intra-domain", choices=stages, default="all")
-    add(g, "--ckpt", "stage 2: rank with this checkpoint instead of stage 1's", type=Path)
+    add(g, "--ckpt", "stage 2: rank with this checkpoint instead of stage 1's", type=path)
     select_help = "checkpoint that stage 2 takes of stage 1; best is chosen on validation labels, an oracle"
     add(g, "--select", select_help, choices=("last", "best"), default="last")
 
@@ -346,7 +369,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
 
 def training_config(args, name: str, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
-    indifferent = {"stage", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device"}
+    indifferent = {"stage", "check", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device"}
     indifferent |= {"eval_every", "save_every", "log_every", "ratio", "normalize_entropy"}
     config = {key: str(value) for key, value in vars(args).items() if key not in indifferent}
     if name == "warmup":  # shared by runs that differ only in what comes after it
@@ -463,6 +486,8 @@ def main():
         raise UserError(f"no {checkpoint}: run intrada.py --stage 1 --out {args.out} first, or name a checkpoint with --ckpt")
     if args.stage == "3":
         read_split(args, target_images)
+    if (args.ckpt and args.stage == "all") or (args.check and args.stage == "2"):
+        print(f"{checkpoint}: {common.build_model(checkpoint)[1]}")  # readable at all, before stage 1 is trained
     if args.stage == "all" and int(Fraction(str(args.ratio)) * len(target_images)) == 0:
         raise UserError(f"--ratio {args.ratio} of {len(target_images)} target images leaves no easy one: raise it")
     validation = source = None
@@ -472,7 +497,18 @@ def main():
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
         pairs = common.list_pairs(args.source, source_root)
         source = common.Labelled(pairs, args.source, C, args.source_size, seed=args.seed)
-        source[0]
+    if args.check:
+        easy, _ = read_split(args, target_images) if args.stage == "3" else (None, None)
+        pseudo = easy and common.Labelled(easy, "folder", C, same_aspect=False)
+        datasets = {"source": source, "target": common.Images(target_images), "pseudo labels": pseudo, "validation": validation}
+        G, D = common.DeepLabV2(C, args.layers, args.width), Discriminator(C, args.width)
+        trainings = {"1": 1, "2": 0, "3": 1, "all": 2}[args.stage] + bool(args.warmup_iters and args.stage != "2")
+        checkpoints = trainings * common.training_bytes([(G, 2), (D, 6)], G, getattr(args, "keep", 0))
+        pictures = (args.stage in ("2", "all")) * (1 + 2 * args.ratio) * len(target_images)  # predictions; labels and colour
+        return common.check(args, datasets, G, checkpoints + pictures * math.prod(args.target_size) / 4)  # 2 bits a pixel, amply
+    for labelled in (source, validation):
+        if labelled:
+            labelled.look()
 
     @functools.cache  # trained or fetched once
     def initial_weights():
