@@ -417,13 +417,14 @@ def parse_weights(content: dict, path="weights") -> tuple:
     raise UserError(f"{path} is none of the weight files this project knows (see README): bring one of a DeepLab-V2 on ResNet")
 
 
-def load_weights(model: DeepLabV2, source) -> WeightReport:
-    """Load a weight file (a path, or its content as a dict) into the network; says what was loaded, skipped and kept.
+def load_weights(model: DeepLabV2, source, path="weights") -> WeightReport:
+    """Load a weight file (a path, or its content as a dict, read from `path`) into the network; says what was loaded,
+    skipped and kept.
 
     Only the heads that WEIGHT_KINDS names may keep their initial value. Raises UserError if the file is unreadable, of
     another architecture or class count, or lacks anything else (num_batches_tracked apart).
     """
-    path = "weights" if isinstance(source, dict) else source
+    path = path if isinstance(source, dict) else source
     kind, state, skipped = parse_weights(source if isinstance(source, dict) else read_checkpoint(source), path)
     if model.layer5 is None:
         skipped = skipped + [name for name in state if name.startswith("layer5.")]
@@ -458,7 +459,7 @@ def build_model(path) -> tuple:
     if not (2 <= num_classes <= 255 and 1 <= width <= 1024 and max(layers) <= len(state)):  # before it is built
         raise UserError(f"{path}: {num_classes} classes, width {width}, blocks {layers} are no DeepLab-V2: the file is damaged")
     model = DeepLabV2(num_classes, layers, width, aux=any(n.startswith("layer5.") for n in state))
-    return model, load_weights(model, content)
+    return model, load_weights(model, content, path)
 
 
 def imagenet_weights() -> dict:

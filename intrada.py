@@ -455,18 +455,27 @@ def rank(args, checkpoint: Path, images: dict):
 
 def read_split(args, images: dict) -> tuple:
     """Stage 2's result: ({name: (image, pseudo label)} of the easy images, {name: image} of the hard ones)."""
-    folder = args.out / "stage2"
-    if not (folder / "ranking.csv").exists():
-        raise UserError(f"no {folder / 'ranking.csv'}: run intrada.py --stage 2 --out {args.out} first")
-    rows = list(csv.DictReader((folder / "ranking.csv").read_text().splitlines()))
-    unknown = [row["name"] for row in rows if row["name"] not in images]
-    if unknown:
-        raise UserError(f"{folder} ranks {unknown[0]}, which is no target image: run --stage 2 again on this target")
-    easy = [row["name"] for row in rows if row["split"] == "easy"]
+    folder, ranking = args.out / "stage2", args.out / "stage2" / "ranking.csv"
+    if not ranking.exists():
+        raise UserError(f"no {ranking}: run intrada.py --stage 2 --out {args.out} first")
+    try:
+        rows = list(csv.DictReader(ranking.read_text().splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {ranking} ({error}): remove it and run --stage 2 again")
+    splits = {row.get("name"): row.get("split") for row in rows}
+    strange = [name for name in splits if name not in images]
+    if strange:
+        raise UserError(f"{ranking} ranks {strange[0]}, which is no target image: run --stage 2 again on this target")
+    if len(rows) != len(images) or len(splits) != len(images) or not set(splits.values()) <= {"easy", "hard"}:
+        raise UserError(f"{ranking} does not rank each of the {len(images)} target images once as easy or hard: run --stage 2 again")
+    easy = [name for name, split in splits.items() if split == "easy"]
     if not easy:
-        raise UserError("the easy split is empty: raise --ratio and run --stage 2 again")
+        raise UserError(f"the easy split in {ranking} is empty: raise --ratio and run --stage 2 again")
     pairs = {name: (images[name], folder / "labels" / f"{name}.png") for name in easy}
-    return pairs, {row["name"]: images[row["name"]] for row in rows if row["split"] == "hard"}
+    missing = [label for _, label in pairs.values() if not label.is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} pseudo labels are missing, first {missing[0]}: remove {ranking} and run --stage 2 again")
+    return pairs, {name: images[name] for name, split in splits.items() if split == "hard"}
 
 
 # ---------------------------------------------------------------- main
