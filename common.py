@@ -295,11 +295,14 @@ def _once_only_statistics(block: nn.Module) -> tuple:
     @contextlib.contextmanager
     def second():
         norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False
-        yield
-        for norm in norms:
-            norm.track_running_stats = True
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, values in zip(norms, before):
+                norm.momentum, norm.num_batches_tracked = values
 
     return contextlib.nullcontext(), second()
 
@@ -1123,6 +1126,7 @@ class Run:
     def close(self):
         self.log.close()
         self.signal.close()
+        wait_for_ranks()  # until last.pth is there for all
 
 
 def peak_memory_mb() -> float:

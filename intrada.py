@@ -174,7 +174,7 @@ def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Nam
         raise UserError("--source-root and --target-root are the same folder: training would read target labels")
     if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
         raise UserError("--num-classes other than 19 needs --source folder and --target folder")
-    if args.init == "imagenet" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
+    if args.init == "imagenet" and getattr(args, "stage", "1") != "2" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
     if args.compile and args.checkpoint_activations:
         raise UserError("--compile and --checkpoint-activations exclude each other: the compiler decides itself what to keep")
