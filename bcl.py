@@ -24,6 +24,7 @@ D8  An image is never scaled below the crop, so nothing is padded: at the paper'
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -38,8 +39,8 @@ from torch import Tensor, nn
 import common
 from common import IGNORE
 from intrada import (
-    POSITIVE, REAL, SHARE, SIDE, SWITCH, WHOLE, add_shared_flags, finish_args, new_parser, number, segmentation_loss,
-    self_information, size, training_config, upsample,
+    POSITIVE, REAL, SHARE, SIDE, SWITCH, WHOLE, add_shared_flags, batch_text, finish_args, labelled_pixels, new_parser, number,
+    precision_and_compiler, segmentation_loss, self_information, size, training_config, upsample,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- arguments
@@ -232,10 +233,11 @@ def downsample(labels: Tensor, like: Tensor) -> Tensor:
 
 
 def batch_mean(prototypes: list) -> tuple:
-    """What the EMA is fed: [(prototypes (C,D), present (C,))] of the images to their mean over the images with the class."""
-    present = torch.stack([present for _, present in prototypes])  # (B, C)
-    total = sum(p.detach() * here[:, None] for p, here in prototypes)  # (C, D)
-    return total / present.sum(0).clamp(min=1)[:, None], present.any(0)
+    """What the EMA is fed: [(prototypes (C,D), present (C,))] of the images to their mean over the images with the class,
+    on all ranks."""
+    count = common.over_ranks(sum(present.float() for _, present in prototypes))  # (C,)
+    total = common.over_ranks(sum(p.detach() * present[:, None] for p, present in prototypes))  # (C, D)
+    return total / count.clamp(min=1)[:, None], count > 0
 
 
 # ---------------------------------------------------------------- static labels
@@ -262,39 +264,62 @@ def predict(G, image: Tensor, out_size: tuple) -> tuple:
 
 
 @torch.no_grad()
-def make_static_labels(args, G, images: dict, folder: Path, device) -> tuple:
+def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
     """Write <folder>/labels/<name>.png and <folder>/colour/<name>.png for every target image.
 
     Returns the thresholds (C,) in [0, 1] and the share of labelled pixels in percent.
 
-    One pass of the network fills the histograms and leaves prediction and confidence on disk; a second pass over those
-    files cuts at the thresholds. Memory does not grow with the number of images.
+    One pass of the network leaves prediction and confidence on disk, as a draft for each image, and fills the histograms;
+    a second pass over those files cuts at the thresholds. Memory does not grow with the number of images. Every file says
+    inside which network and settings it is of; what is there already is not made again. Ranks share the images.
     """
     G.eval()
-    C, palette, draft = args.num_classes, common.palette_for(args.num_classes), folder / "draft"
-    histogram = torch.zeros(C * BINS, dtype=torch.int64, device=device)
-    dataset = common.Images(images, args.target_size)
-    for item in common.one_by_one(dataset, args.workers, device):
-        label, bins = predict(G, item["image"].to(device), args.target_size)
-        histogram += torch.bincount((label.long() * BINS + bins).flatten(), minlength=C * BINS)
-        common.write_png(draft / f"{item['name']}.label.png", label.cpu().numpy())
-        common.write_png(draft / f"{item['name']}.bins.png", bins.cpu().numpy().astype(np.uint16))
-    thresholds = class_thresholds(histogram.view(C, BINS), args.static_ratio).cpu()
-    labelled = 0.0
-    for name in images:
-        files = (draft / f"{name}.{kind}.png" for kind in ("label", "bins"))
-        label, bins = (torch.from_numpy(np.array(common.open_image(file)).astype(np.int64)) for file in files)
-        static = choose_static(label, bins, thresholds * BINS, args.static_ratio).to(torch.uint8).numpy()
-        labelled += (static != IGNORE).mean()
-        common.write_png(folder / "labels" / f"{name}.png", static)
-        common.write_png(folder / "colour" / f"{name}.png", static, palette)
-    shutil.rmtree(draft)
-    common.write_text(folder / "thresholds.json", json.dumps(thresholds.tolist()))
-    return thresholds, 100 * labelled / len(images)
+    C, palette, draft, device = args.num_classes, common.palette_for(args.num_classes), folder / "draft", args.device
+    digest = hashlib.sha256(str((args.target_size, args.static_ratio, len(images))).encode())
+    for tensor in G.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    origin = {"origin": digest.hexdigest()}
+
+    def finished(path):
+        return common.png_text(path).get("origin") == origin["origin"]
+
+    labels = {name: folder / "labels" / f"{name}.png" for name in images}
+    if not all(map(finished, labels.values())) or not (folder / "thresholds.json").exists():
+        missing = {name: path for name, path in images.items() if not finished(draft / f"{name}.png")}
+        common.wait_for_ranks()  # until all have looked
+        for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
+            label, bins = predict(G, item["image"].to(device, non_blocking=True), args.target_size)
+            both = torch.stack([label.long(), bins // 256, bins % 256], 2).byte()  # (H, W, 3)
+            common.write_png(draft / f"{item['name']}.png", both.cpu().numpy(), text=origin)
+        common.wait_for_ranks()
+        histogram = torch.zeros(C, BINS, dtype=torch.int64)
+        mine = list(images)[common.rank() :: common.world()]
+        for name in mine:
+            label, bins = read_draft(draft / f"{name}.png")
+            histogram += torch.bincount((label * BINS + bins).flatten(), minlength=C * BINS).view(C, BINS)
+        thresholds = class_thresholds(common.over_ranks(histogram), args.static_ratio)
+        for name in mine:
+            if not finished(labels[name]):
+                static = choose_static(*read_draft(draft / f"{name}.png"), thresholds * BINS, args.static_ratio).byte().numpy()
+                common.write_png(folder / "colour" / f"{name}.png", static, palette)
+                common.write_png(labels[name], static, text={**origin, "labelled": str((static != IGNORE).mean())})
+        common.wait_for_ranks()
+        if common.rank() == 0:
+            common.write_text(folder / "thresholds.json", json.dumps(thresholds.tolist()))
+            shutil.rmtree(draft)
+        common.wait_for_ranks()
+    labelled = sum(float(common.png_text(path)["labelled"]) for path in labels.values())
+    return torch.tensor(json.loads((folder / "thresholds.json").read_text())).double(), 100 * labelled / len(images)
+
+
+def read_draft(path) -> tuple:
+    """Prediction and confidence bins, (H,W) int64 each, of `make_static_labels`' first pass."""
+    label, high, low = torch.from_numpy(np.array(common.open_image(path)).astype(np.int64)).unbind(2)
+    return label, high * 256 + low
 
 
 @torch.no_grad()
-def label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device) -> dict:
+def label_statistics(args, G, ema_source, ema_target, thresholds, source, validation) -> dict:
     """Coverage and accuracy in percent of static, dynamic and hybrid labels on the *val* images, each paired with a
     source image: {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
 
@@ -302,9 +327,9 @@ def label_statistics(args, G, ema_source, ema_target, thresholds, source, valida
     among the labelled (per class: among those given that label); 255 in the ground truth is left out. Features are taken
     in training mode, as in training; the running statistics that this moves are put back.
     """
-    C, backup = args.num_classes, {name: b.clone() for name, b in G.named_buffers()}
+    C, device, backup = args.num_classes, args.device, {name: b.clone() for name, b in G.named_buffers()}
     counts = {kind: torch.zeros(C, C + 1, dtype=torch.int64, device=device) for kind in ("static", "dynamic", "hybrid")}
-    for i in range(len(validation)):
+    for i in range(common.rank(), len(validation), common.world()):
         item, pair = validation[i], source[i, i * 7919 % len(source)]  # a fixed, well mixed partner
         truth = item["label"].to(device)
         G.eval()
@@ -329,6 +354,7 @@ def label_statistics(args, G, ema_source, ema_target, thresholds, source, valida
 
     result = {}
     for kind, table in counts.items():
+        table = common.over_ranks(table)
         labelled, right = table[:, :C], table.diagonal()
         result[kind] = {
             "coverage": percent(labelled.sum(), table.sum())[0], "accuracy": percent(right.sum(), labelled.sum())[0],
@@ -363,21 +389,22 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
 
     Returns the scores of the last evaluation.
     """
-    device, warmup, C = common.choose_device(args.device), target_images is None, args.num_classes
+    device, n, C, warmup = args.device, args.grad_accum, args.num_classes, target_images is None
     folder = args.out / "warmup" if warmup else args.out
     common.seed_everything(args.seed)
     G = common.DeepLabV2(C, args.layers, args.width, aux=False)
     report = common.load_weights(G, initial) if initial is not None else "random initial weights"
-    G.to(device)
+    G.to(device).checkpoint_activations = args.checkpoint_activations
     groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
     optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
     ema_source, ema_target = (PrototypeEMA(C, 32 * args.width, args.momentum).to(device) for _ in range(2))
     total, config = rounds * iters, training_config(args, name, rounds, iters, base_lr)
     parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}
-    about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}"
+    about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}, {batch_text(args)}"
     run = common.Run(args, name, folder, config, total, G, parts, validation, about, args.overwrite)
     if run.finished:
         return run.result
+    autocast, (ce, mean_entropy) = precision_and_compiler(args, G, [segmentation_loss, entropy_loss])
     short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
     transform = augment(short_side, args.scales, crop, args.flip)
     source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
@@ -385,84 +412,97 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     for it in range(run.start, total):
         round_, step = divmod(it, iters)
         if it == run.start or step == 0:  # a new round, or the one to be gone on with
-            batches = (args.batch_size, it, (round_ + 1) * iters, args.workers, device)
+            batches = (args.batch_size, it * n, (round_ + 1) * iters * n, args.workers, device)
             source_batches = common.training_batches(source, args.seed, *batches)
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
-                    thresholds, coverage = make_static_labels(args, G, target_images, labels_folder, device)
-                    run.log.show(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", True)
-                    statistics = {}
-                    if validation:
-                        statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, validation, device)
-                        texts = (f"{k} {v['coverage']:.0f} % at {v['accuracy'] or 0:.0f} % right" for k, v in statistics.items())
-                        run.log.show(f"round {round_}: labels on val: {'  '.join(texts)}", True)
-                    record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds.tolist()}
-                    run.log.write(iter=it + 1, event="labels", **record, **statistics)
-                static_pairs = {n: (image, labels_folder / "labels" / f"{n}.png") for n, image in target_images.items()}
+                    with run.signal.at_once():
+                        begin_round(args, run, it, round_, G, ema_source, ema_target, source, target_images, labels_folder)
+                static_pairs = {key: (image, labels_folder / "labels" / f"{key}.png") for key, image in target_images.items()}
                 target = common.Labelled(static_pairs, "folder", C, same_aspect=False, transform=transform, seed=args.seed + 1)
                 target_batches = common.training_batches(target, args.seed + 1, *batches)
             common.set_mode(G, args.bn)
-            run.restart_clock()
+            run.restart_clock(it)
         lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        with run.waiting_for_data():
-            source_batch, target_batch = next(source_batches), None if warmup else next(target_batches)
-
-        # -------- source: features f_S (B,D,h,w), logits (B,C,H,W), ground truth y_S
-        y_source_full = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
-        S = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
-        source_logits = upsample(S.main, *y_source_full.shape[1:])
-        loss_ce_source = segmentation_loss(source_logits, y_source_full)
-        loss, terms = loss_ce_source, {"loss_ce_source": loss_ce_source}
-        if not warmup:
-            static_full = target_batch["label"].to(device, non_blocking=True).long()  # (B, H, W), y_F
-            T = G(common.normalize(target_batch["image"].to(device, non_blocking=True)))
-            target_logits = upsample(T.main, *static_full.shape[1:])
-            y_source, static = downsample(y_source_full, S.main), downsample(static_full, T.main)  # (B, h, w)
-            pairs = range(len(static))
-
-            # -------- p_S -> μ_S -> ξ, p_{S→T} -> y_D -> y_T -> p_T -> μ_T, per pair of a source and a target image
-            source_prototypes = [class_prototypes(S.features[b], y_source[b], C) for b in pairs]
-            ema_source.update(*batch_mean(source_prototypes))
-            y_target, y_target_full = static, static_full
-            if args.labels != "static":
-                dynamic = []
-                for b in pairs:
-                    prototypes, present = source_prototypes[b]
-                    if args.calibrate:
-                        prototypes = calibrate(prototypes, present, ema_source, ema_target)
-                    dynamic.append(dynamic_labels(T.features[b], prototypes, present, args.tau))
-                y_target = torch.stack(dynamic)  # (B, h, w), y_D
-                y_target_full = downsample(y_target, static_full)  # enlarged to (B, H, W)
-                if args.labels == "hybrid":
-                    y_target, y_target_full = hybrid_labels(static, y_target), hybrid_labels(static_full, y_target_full)
-            target_prototypes = [class_prototypes(T.features[b], y_target[b], C) for b in pairs]
-            ema_target.update(*batch_mean(target_prototypes))
-
-            # -------- L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
-            loss_ce_target = segmentation_loss(target_logits, y_target_full)
-            loss_ent_source, loss_ent_target = entropy_loss(source_logits), entropy_loss(target_logits)
-            forward = [contrastive_loss(T.features[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs]
-            backward = [contrastive_loss(S.features[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs]
-            loss_fcl, loss_bcl = sum(forward) / len(pairs), sum(backward) / len(pairs)
-            loss = (
-                args.lambda_ce * (loss_ce_source + args.target_weight * loss_ce_target)
-                + args.lambda_ent * (loss_ent_source + args.target_weight * loss_ent_target)
-                + args.lambda_fcl * loss_fcl
-                + args.lambda_bcl * loss_bcl
-            )
-            terms.update(loss_ce_target=loss_ce_target, loss_ent_source=loss_ent_source, loss_ent_target=loss_ent_target)
-            terms.update(loss_fcl=loss_fcl, loss_bcl=loss_bcl)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        # -------- end of the method; the rest reports and saves
+        with run.waiting_for_data():
+            batches = [(next(source_batches), None if warmup else next(target_batches)) for _ in range(n)]
+        source_pixels = labelled_pixels([source_batch["label"] for source_batch, _ in batches]).to(device, non_blocking=True)
+        terms, names = [], []
+        for source_batch, target_batch in batches:
+            # -------- source: features f_S (B,D,h,w), logits (B,C,H,W), ground truth y_S
+            y_source_full = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
+            with autocast:
+                S = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
+            source_logits = upsample(S.main, *y_source_full.shape[1:])
+            loss_ce_source = ce(source_logits, y_source_full, source_pixels)
+            loss = loss_ce_source
+            terms.append({"loss_ce_source": loss_ce_source})
+            names += source_batch["name"]
+            if not warmup:
+                static_full = target_batch["label"].to(device, non_blocking=True).long()  # (B, H, W), y_F
+                with autocast:
+                    T = G(common.normalize(target_batch["image"].to(device, non_blocking=True)))
+                target_logits = upsample(T.main, *static_full.shape[1:])
+                y_source, static = downsample(y_source_full, S.main), downsample(static_full, T.main)  # (B, h, w)
+                pairs = range(len(static))
 
-        names = source_batch["name"] + ([] if warmup else target_batch["name"])
-        run.after_iteration(it + 1, {**terms, "loss": loss}, names, lr, keep=step + 1 == iters, round=round_)
+                # -------- p_S -> μ_S -> ξ, p_{S→T} -> y_D -> y_T -> p_T -> μ_T, per pair of a source and a target image
+                source_prototypes = [class_prototypes(S.features[b], y_source[b], C) for b in pairs]
+                ema_source.update(*batch_mean(source_prototypes))
+                y_target, y_target_full = static, static_full
+                if args.labels != "static":
+                    dynamic = []
+                    for b in pairs:
+                        prototypes, present = source_prototypes[b]
+                        if args.calibrate:
+                            prototypes = calibrate(prototypes, present, ema_source, ema_target)
+                        dynamic.append(dynamic_labels(T.features[b], prototypes, present, args.tau))
+                    y_target = torch.stack(dynamic)  # (B, h, w), y_D
+                    y_target_full = downsample(y_target, static_full)  # enlarged to (B, H, W)
+                    if args.labels == "hybrid":
+                        y_target, y_target_full = hybrid_labels(static, y_target), hybrid_labels(static_full, y_target_full)
+                target_prototypes = [class_prototypes(T.features[b], y_target[b], C) for b in pairs]
+                ema_target.update(*batch_mean(target_prototypes))
+
+                # -------- L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
+                loss_ce_target = ce(target_logits, y_target_full, labelled_pixels([y_target_full]))
+                loss_ent_source, loss_ent_target = mean_entropy(source_logits), mean_entropy(target_logits)
+                forward = [contrastive_loss(T.features[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs]
+                backward = [contrastive_loss(S.features[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs]
+                loss_fcl, loss_bcl = sum(forward) / len(pairs), sum(backward) / len(pairs)
+                loss = (
+                    args.lambda_ce * (loss_ce_source + args.target_weight * loss_ce_target)
+                    + args.lambda_ent * (loss_ent_source + args.target_weight * loss_ent_target)
+                    + args.lambda_fcl * loss_fcl
+                    + args.lambda_bcl * loss_bcl
+                )
+                terms[-1].update(loss_ce_target=loss_ce_target, loss_ent_source=loss_ent_source, loss_ent_target=loss_ent_target)
+                terms[-1].update(loss_fcl=loss_fcl, loss_bcl=loss_bcl)
+                names += target_batch["name"]
+            terms[-1]["loss"] = loss
+            (loss / n).backward()
+        common.share_gradients(G)
+        optimizer.step()
+        # -------- end of the method; the rest reports, saves and evaluates
+        run.after_iteration(it + 1, terms, names, lr, keep=step + 1 == iters, round=round_)
     return run.result
+
+
+def begin_round(args, run, it: int, round_: int, G, ema_source, ema_target, source, target_images: dict, folder: Path):
+    """New static labels, and how good all three kinds are on the validation images, into the log."""
+    thresholds, coverage = make_static_labels(args, G, target_images, folder)
+    run.log.show(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", True)
+    statistics = {}
+    if run.validation:
+        statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, run.validation)
+        texts = (f"{kind} {s['coverage']:.0f} % at {s['accuracy'] or 0:.0f} % right" for kind, s in statistics.items())
+        run.log.show(f"round {round_}: labels on val: {'  '.join(texts)}", True)
+    record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds.tolist()}
+    run.log.write(iter=it + 1, event="labels", **record, **statistics)
 
 
 # ---------------------------------------------------------------- main
@@ -470,7 +510,6 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
 
 def main():
     args = parse_args()
-    common.choose_device(args.device)
     if args.demo:
         print("Demo: built-in street scenes, a small network and a short schedule. For real data: --data-root DIR (see README).")
         args.data_root = common.demo_scenes(args.source)
@@ -483,7 +522,7 @@ def main():
     if args.check:
         datasets = {"source": source, "target": common.Images(target_images), "validation": validation}
         G = common.DeepLabV2(args.num_classes, args.layers, args.width, aux=False)
-        checkpoints = (1 + bool(args.warmup_iters)) * common.training_bytes([(G, 2)], G, getattr(args, "keep", 0))
+        checkpoints = (1 + bool(args.warmup_iters)) * common.training_bytes([(G, 2)], G, args.keep)
         # Of a target image a round's label and its colour, 2 bits a pixel, amply; for a while, confidences of 16 bits.
         pictures = len(target_images) * math.prod(args.target_size) * (args.rounds / 2 + 2.25)
         return common.check(args, datasets, G, checkpoints + pictures)

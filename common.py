@@ -10,6 +10,7 @@ Contents   1 errors and files   2 classes   3 network   4 weight files   5 reade
 
 import colorsys
 import contextlib
+import functools
 import io
 import json
 import os
@@ -30,11 +31,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck
 
 # ---------------------------------------------------------------- 1 errors and files
@@ -69,11 +73,14 @@ def as_sentence(error: Exception):
 
 def run(main):
     """Call a script's main(); what `as_sentence` knows becomes one line on stderr and exit status 2, an interrupt 130."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves through the clean-up of half-written files
     for stream in (sys.stdout, sys.stderr):  # a terminal without λ, a path that is no UTF-8: print escapes, do not fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -132,13 +139,40 @@ def write_text(path, text: str):
         file.write(text.encode())
 
 
-def write_png(path, array: np.ndarray, palette=None):
-    """(H,W) uint8 labels, in colour if a palette (C,3) is given, or an (H,W,3) uint8 image, as PNG."""
-    image = Image.fromarray(array)
+def write_png(path, array: np.ndarray, palette=None, text=None):
+    """(H,W) uint8 labels, in colour if a palette (C,3) is given, or an (H,W,3) uint8 image, as PNG.
+
+    text: {key: value} kept inside the file, for `png_text`.
+    """
+    image, info = Image.fromarray(array), PngImagePlugin.PngInfo()
     if palette is not None:  # trainId PNGs stay readable as numbers: the palette only changes how they look
         image.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).astype(np.uint8).tobytes())
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
     with atomic_write(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=info)
+
+
+def png_text(path) -> dict:
+    """The texts inside a PNG, read without decoding it; {} for a file that is missing or no PNG."""
+    try:
+        with Image.open(path) as image:
+            return {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except (OSError, SyntaxError, ValueError):
+        return {}
+
+
+def link(old, new):
+    """Let `new` be the same file as `old`, or a copy where the file system knows no links; replaces `new`."""
+    new = Path(new)
+    with writing(new):
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.unlink(missing_ok=True)
+    try:
+        os.link(old, new)
+    except OSError:
+        with atomic_write(new) as file:
+            file.write(Path(old).read_bytes())
 
 
 def write_grid(path, titles: list, rows: list, width: int = 256):
@@ -245,8 +279,12 @@ class DeepLabV2(nn.Module):
 
     layers and width are blocks per stage and channels of the stem: (3,4,23,3) and 64 make the papers' ResNet-101, whose
     published checkpoints load by name. aux=False leaves out layer5, the auxiliary head on layer3. BatchNorm's affine
-    parameters are frozen; its statistics are not (see `set_mode`). A 1024x512 image gives a 129x65 map.
+    parameters are frozen; its statistics are not (see `set_mode`). A 1024x512 image gives a 129x65 map. Weights and
+    activations lie channels last, which convolutions are faster with. checkpoint_activations=True keeps only the input of
+    every block for the backward pass and computes the rest again: less memory, about a third more time.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux: bool = True):
         super().__init__()
@@ -276,12 +314,23 @@ class DeepLabV2(nn.Module):
                 module.requires_grad_(False)
         self.layer5 = AtrousHead(channels // 2, num_classes) if aux else None
         self.layer6 = AtrousHead(channels, num_classes)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Prediction:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
-        middle = self.layer3(self.layer2(self.layer1(x)))  # (B, 16*width, H/8, W/8)
-        features = self.layer4(middle)  # (B, 32*width, H/8, W/8)
-        return Prediction(self.layer6(features), self.layer5(middle) if self.layer5 else None, features)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images.contiguous(memory_format=torch.channels_last)))))
+        x = self.blocks(self.layer2, self.blocks(self.layer1, x))  # (B, 8*width, H/8, W/8); layer1 is at H/4
+        middle = self.blocks(self.layer3, x)  # (B, 16*width, H/8, W/8)
+        features = self.blocks(self.layer4, middle)  # (B, 32*width, H/8, W/8)
+        # float(): under autocast the convolutions give bfloat16, but losses and entropies are taken in float32.
+        return Prediction(self.layer6(features).float(), self.layer5(middle).float() if self.layer5 else None, features.float())
+
+    def blocks(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return stage(x)
+        for block in stage:
+            contexts = functools.partial(_once_only_statistics, block)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return x
 
     def parameter_groups(self, backbone_mult: float, head_mult: float) -> list:
         """Optimizer groups, each parameter exactly once, with the factor on the learning rate under "lr_mult"."""
@@ -290,6 +339,24 @@ class DeepLabV2(nn.Module):
         trunk = [p for name, p in trainable.items() if not name.startswith(("layer5.", "layer6."))]
         assert len({id(p) for p in trunk + heads}) == len(trunk) + len(heads) == len(trainable)
         return [{"params": trunk, "lr_mult": backbone_mult}, {"params": heads, "lr_mult": head_mult}]
+
+
+def _once_only_statistics(block: nn.Module) -> tuple:
+    """The contexts of a checkpointed block's two forward passes: the second must not move the running statistics again."""
+
+    @contextlib.contextmanager
+    def second():
+        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, values in zip(norms, before):
+                norm.momentum, norm.num_batches_tracked = values
+
+    return contextlib.nullcontext(), second()
 
 
 def set_mode(model: nn.Module, bn: str):
@@ -737,12 +804,14 @@ class Labelled(Images):
 class EndlessSampler(Sampler):
     """(position, index) pairs: epoch after epoch of seeded permutations of range(length).
 
-    The order depends on (length, seed) alone, not on workers, and can start at any iteration: resuming is exact.
+    The order depends on (length, seed) alone, not on workers, and can start at any iteration: resuming is exact. Of the
+    world * batch positions of an iteration, every rank takes its own `batch`.
     """
 
-    def __init__(self, length: int, seed: int, start: int, stop: int, batch: int):
-        """Covers the iterations start..stop-1 of `batch` samples each."""
-        self.length, self.seed, self.positions = length, seed, range(start * batch, stop * batch)
+    def __init__(self, length: int, seed: int, start: int, stop: int, batch: int, rank: int = 0, world: int = 1):
+        """Covers the iterations start..stop-1."""
+        self.length, self.seed = length, seed
+        self.positions = [(i * world + rank) * batch + b for i in range(start, stop) for b in range(batch)]
 
     def __len__(self):
         return len(self.positions)
@@ -757,15 +826,20 @@ class EndlessSampler(Sampler):
 
 
 def training_batches(dataset: Dataset, seed: int, batch: int, start: int, stop: int, workers: int, device):
-    """Iterator over the batches of iterations start..stop-1: {"name", "image", ("label")}, a fixed order per seed."""
-    sampler, pin = EndlessSampler(len(dataset), seed, start, stop, batch), device.type == "cuda"
-    return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals))
+    """Iterator over this rank's batches start..stop-1: {"name", "image", ("label")}, in a fixed order per seed."""
+    sampler = EndlessSampler(len(dataset), seed, start, stop, batch, rank(), world())
+    return iter(_loader(dataset, workers, device, batch_size=batch, sampler=sampler))
 
 
 def one_by_one(dataset: Dataset, workers: int, device) -> DataLoader:
-    """The items of a dataset in order, without a batch dimension."""
+    """This rank's share of the items of a dataset (every world-th), in order, without a batch dimension."""
+    return _loader(dataset, workers, device, batch_size=None, sampler=range(rank(), len(dataset), world()))
+
+
+def _loader(dataset, workers, device, **options):
+    ahead = {"prefetch_factor": 4} if workers else {}
     pin = device.type == "cuda"
-    return DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals)
+    return DataLoader(dataset, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals, **ahead, **options)
 
 
 def leave_signals(worker: int):
@@ -832,6 +906,7 @@ def evaluate(models: list, dataset: Labelled, device, workers: int = 0, on_image
         confusion += confusion_matrix(label, prediction, num_classes)
         if on_image:
             on_image(item["name"], logits, label, prediction)
+    confusion = over_ranks(confusion)
     return {**scores(confusion), "confusion": confusion.cpu(), "images": len(dataset), "seconds": time.perf_counter() - start}
 
 
@@ -900,7 +975,8 @@ def check_data(title: str, dataset: Images, workers: int) -> tuple:
     """
     seen, first, pixels = {key: Counter() for key in ("size", "encoding", "odd", "error")}, {"odd": [], "error": []}, np.zeros(256, np.int64)
     live, shown = sys.stdout.isatty(), 0.0
-    for i, note in enumerate(one_by_one(Inspection(dataset), max(1, workers), torch.device("cpu"))):
+    loader = DataLoader(Inspection(dataset), batch_size=None, num_workers=max(1, workers), worker_init_fn=leave_signals)
+    for i, note in enumerate(loader):
         for key in ("size", "encoding"):
             seen[key].update([note[key]] if key in note else [])
         for key in first:
@@ -975,11 +1051,57 @@ def check(args, datasets: dict, model: DeepLabV2, files: float):
 FORMAT = "intrada-bcl 1"  # header of our checkpoints
 
 
-def choose_device(name) -> torch.device:
-    """--device, or CUDA where there is one, else the CPU."""
+def rank() -> int:
+    """Number of this process among those that torchrun started; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def over_ranks(tensor: Tensor, operation: str = "SUM") -> Tensor:
+    """The tensor, replaced in place by its SUM, MIN or MAX over the ranks; as it is without torchrun."""
+    if world() > 1:
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def wait_for_ranks():
+    if world() > 1:
+        dist.barrier()
+
+
+def share_gradients(*modules: nn.Module):
+    """Average the gradients and BatchNorm's running statistics over the ranks, so that all go on with the same networks."""
+    if world() == 1:
+        return
+    parameters = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+    tensors = parameters + [b for module in modules for b in module.buffers() if b.is_floating_point()]
+    flat = over_ranks(torch.cat([t.reshape(-1) for t in tensors])) / world()  # one message instead of hundreds
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def set_up(name) -> torch.device:
+    """The device of this process: --device, or CUDA where there is one, else the CPU. Joins the other processes if
+    torchrun started this one; of these, only rank 0 prints."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to torch; use --device cpu or repair the driver")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True  # TF32 in convolutions alone
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            local, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= visible:
+                raise UserError(f"torchrun started process {local + 1} on a machine with {visible} GPUs: lower --nproc_per_node")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
 
 
 def seed_everything(seed: int):
@@ -1002,19 +1124,34 @@ class StopSignal:
     """While open, SIGTERM and SIGINT set `number`, so that a loop can save before it leaves; a second one ends at once."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def note(self, number, frame):
-        if self.number:
+        if self.number and (world() == 1 or time.monotonic() - self.since > 3):  # torchrun repeats a Ctrl-C to its processes
             os._exit(128 + number)
-        self.number = number
-        print("\nstopping: one more iteration, then a save; --resume goes on from there", file=sys.stderr, flush=True)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            print("\nstopping: one more iteration, then a save; --resume goes on from there", file=sys.stderr, flush=True)
+
+    def agree(self):
+        """A signal to one rank is a signal to all."""
+        if world() > 1:
+            self.number = int(over_ranks(torch.tensor(self.number), "MAX"))
 
     def leave(self):
         """Exit with 143 or 130 if a signal came."""
         if self.number:
             sys.exit(128 + self.number)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Inside, where everything worth saving is saved, a signal ends the process without delay."""
+        self.close()
+        self.leave()
+        yield
+        for number in self.before:
+            signal.signal(number, self.note)
 
     def close(self):
         for number, handler in self.before.items():
@@ -1024,27 +1161,34 @@ class StopSignal:
 class RunLog:
     """JSON lines in a file, one record a line, flushed; and a line on the terminal, live where it is a terminal."""
 
-    def __init__(self, path, header: dict, resume_at: int = 0):
-        """Starts the file with `header`; when resuming, keeps the records up to iteration `resume_at` instead."""
-        self.path, self.live = Path(path), sys.stdout.isatty()
+    def __init__(self, path, header: dict, keep=lambda record: False):
+        """Starts the file with `header`, or, when resuming, with the records of the old file that are to be kept."""
+        self.path, self.live, self.file = Path(path), sys.stdout.isatty(), None
+        if rank():
+            return
         kept = []
-        if resume_at and self.path.exists():
+        if self.path.exists():
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(ValueError):
-                    if json.loads(line).get("iter", 0) <= resume_at:
+                    if keep(json.loads(line)):
                         kept.append(line)
         write_text(path, "".join(line + "\n" for line in kept or [json.dumps({**versions(), **header}, default=str)]))
         self.file = open(path, "a")
 
     def write(self, **record):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file:
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"cannot write {self.path} ({error.strerror}): free the disk, then --resume")
 
     def show(self, text: str, last: bool = False):
         print(f"\r\033[K{text}" if self.live else text, end="\n" if last or not self.live else "", flush=True)
 
     def close(self):
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def versions() -> dict:
@@ -1059,13 +1203,14 @@ def versions() -> dict:
 def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool):
     """The checkpoint to go on from, or None for a fresh start; refuses to mix or overwrite runs silently."""
     last = Path(folder) / "last.pth"
-    if overwrite:  # at once, so that a later --resume cannot pick up what was to be replaced
-        for name in ("last.pth", "best.pth"):
-            (Path(folder) / name).unlink(missing_ok=True)
+    if overwrite and rank() == 0:  # at once, so that a later --resume cannot pick up what was to be replaced
+        for path in (last, last.with_name("best.pth"), *last.parent.glob("iter*.pth")):
+            path.unlink(missing_ok=True)
+    wait_for_ranks()
     if not last.exists():
         return None
     state = read_checkpoint(last)
-    if state.get("format") != FORMAT or "config" not in state:
+    if state.get("format") != FORMAT or not {"config", "iter", "best", "scores", "model"} <= state.keys():
         raise UserError(f"{last} is not a training checkpoint of this project: use another --out, or --overwrite")
     changed = [key for key in config if state["config"].get(key) != config[key]]
     if changed:
@@ -1083,88 +1228,156 @@ def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool
 class Run:
     """What surrounds a training loop and is no method: resuming, log, evaluation, checkpoints, signals.
 
-    In `folder`: log.jsonl, last.pth (all that --resume needs) and best.pth (chosen on validation labels: an oracle).
-    `config` tells runs apart, `parts` are the objects besides the network that have a state_dict to keep. Afterwards
-    `start` is the iteration to begin with, `finished` says that there is none left, `result` holds the last scores.
+    In `folder`: log.jsonl, last.pth (all that --resume needs), best.pth (chosen on validation labels: an oracle) and,
+    with --keep, iter<number>.pth. `config` tells runs apart, `parts` are the objects besides the network that have a
+    state_dict to keep. Afterwards `start` is the iteration to begin with, `finished` says that there is none left,
+    `result` holds the last scores.
     """
 
     def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str, overwrite: bool):
         self.args, self.name, self.folder, self.config, self.iters = args, name, Path(folder), config, iters
         self.model, self.parts, self.validation = model, parts, validation
         state = resume_state(folder, config, iters, args.resume, overwrite)
-        self.start, self.best, self.result = (state["iter"], state["best"], state["scores"]) if state else (0, -1.0, None)
-        self.finished = self.start >= iters
+        progress = state or {"iter": 0, "best": -1.0, "scores": None}
+        self.start, self.best, self.result = progress["iter"], progress["best"], progress["scores"]
+        self.flops, pending = progress.get("flops"), progress.get("pending")  # pending: saved, but not yet evaluated
+        self.finished = self.start >= iters and not pending
         if self.finished:
             return print(f"{name}: already trained, {self.folder / 'last.pth'}")
         if state:
-            model.load_state_dict(state["model"])
-            for key, part in parts.items():
-                part.load_state_dict(state[key])
+            try:
+                model.load_state_dict(state["model"])
+                for key, part in parts.items():
+                    part.load_state_dict(state[key])
+            except (RuntimeError, KeyError, ValueError, TypeError) as error:
+                raise UserError(f"{self.folder / 'last.pth'} does not fit this run ({str(error).splitlines()[0]}): --overwrite starts over")
         header = {"event": "start", "stage": name, "about": about, "args": vars(args)}
-        self.log, self.signal = RunLog(self.folder / "log.jsonl", header, self.start), StopSignal()
-        print(f"{name}: {about}" + (f"; goes on from iteration {self.start}" if self.start else ""))
-        self.last = self.start
-        self.restart_clock()
 
-    def restart_clock(self):
-        self.clock, self.waited = time.perf_counter(), 0.0
+        def keep(record):
+            evaluation = record.get("event") == "evaluation"
+            return state and record.get("iter", 0) <= self.start - (pending and evaluation)
+
+        self.log, self.signal = RunLog(self.folder / "log.jsonl", header, keep), StopSignal()
+        print(f"{name}: {about}" + (f"; goes on from iteration {self.start}" if self.start else ""))
+        self.since_check, self.counter = [], None
+        if pending:
+            self.evaluate(self.start)
+        self.finished = self.start >= iters
+        if self.finished:
+            self.close()
+        self.restart_clock(self.start)
+
+    def restart_clock(self, done: int):
+        self.last, self.clock, self.waited = done, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def waiting_for_data(self):
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
+        if self.flops is None:  # the first iteration of a run counts its operations, until after_iteration
+            self.counter = FlopCounterMode(display=False)
+            self.counter.__enter__()
 
-    def after_iteration(self, done: int, losses: dict, names: list, lr: float, keep: bool = False, **more):
-        """Log, evaluate and save after iteration `done`, where it is time for it; leave if a signal asked for that.
+    def after_iteration(self, done: int, terms: list, names: list, lr: float, keep: bool = False, **more):
+        """Log, save and evaluate after iteration `done`, where it is time for it; leave if a signal asked for that.
 
-        losses: {term: scalar tensor, or None for a term that this run does not have}, names: the images of the batch,
-        keep: save in any case, more: further entries of the log record. The only place that waits for the GPU.
+        terms: {name: scalar tensor, or None for a term that this run does not have} of every batch of the iteration,
+        names: its images, keep: save in any case, more: further entries of the log record. The only place that waits
+        for the GPU.
         """
-        args, device = self.args, next(self.model.parameters()).device
+        args, pause = self.args, time.perf_counter()
+        if self.counter:
+            self.counter.__exit__(None, None, None)
+            self.flops, self.counter = self.counter.get_total_flops(), None
+            self.log.write(iter=done, event="flops", flops_per_iteration=self.flops)
+        active = [term for term, value in terms[0].items() if value is not None]
+        values = torch.stack([torch.stack([batch[term].detach().float() for term in active]) for batch in terms]).mean(0)
+        self.since_check.append((done, names, values))
+        self.signal.agree()
         evaluating = self.validation and (done == self.iters or (args.eval_every and done % args.eval_every == 0))
         saving = evaluating or keep or done == self.iters or done % args.save_every == 0 or self.signal.number
         logging = evaluating or done == self.iters or done % args.log_every == 0
         if saving or logging:
-            values = {term: None if value is None else value.item() for term, value in losses.items()}
-            for term, value in values.items():
-                if value is not None and not np.isfinite(value):
-                    raise UserError(
-                        f"{term} is {value} at iteration {done} (images {', '.join(names)}): lower --lr; it was not saved"
-                    )
-        if saving and not all(p.isfinite().all() for p in self.model.parameters()):
-            raise UserError(f"a weight is not finite at iteration {done} (images {', '.join(names)}): lower --lr; it was not saved")
+            values = over_ranks(self.check_numbers(active)) / world()
         if logging:
-            seconds = time.perf_counter() - self.clock
+            pause = time.perf_counter()  # after the GPU was waited for
+            seconds = pause - self.clock
             rate = (done - self.last) / seconds
-            speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate}
-            if device.type == "cuda":
-                speed["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-            self.log.write(iter=done, **values, lr=lr, **more, **speed)
-            text = "  ".join(f"{term.removeprefix('loss_')} {value:.3f}" for term, value in values.items() if value is not None)
+            speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate, "tflops": rate * self.flops / 1e12}
+            losses = {**dict.fromkeys(terms[0]), **dict(zip(active, values.tolist()))}
+            self.log.write(iter=done, **losses, lr=lr, **more, **speed, peak_memory_mb=peak_memory_mb())
+            text = "  ".join(f"{term.removeprefix('loss_')} {losses[term]:.3f}" for term in active)
             left = (self.iters - done) / rate / 60
             self.log.show(f"{self.name} {done}/{self.iters}  {text}  {rate:.2f} it/s  {left:.1f} min left", done == self.iters)
-            self.last = done
-            self.restart_clock()
-        if evaluating:
-            outcome = evaluate([self.model], self.validation, device, args.workers)
-            set_mode(self.model, args.bn)
-            mean = outcome[f"miou{self.model.num_classes}"] or 0.0
-            improved, self.best = mean > self.best, max(mean, self.best)
-            self.result = {**{key: value for key, value in outcome.items() if key != "confusion"}, "best": self.best}
-            self.log.write(iter=done, event="evaluation", **self.result)
-            self.log.show(f"{self.name} {done}/{self.iters}  mIoU {mean:.1f} on {outcome['images']} validation images", True)
-            if improved:
-                save_checkpoint(self.folder / "best.pth", self.model, iter=done, scores=self.result, oracle=True)
         if saving:
-            states = {key: part.state_dict() for key, part in self.parts.items()}
-            progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config}
-            save_checkpoint(self.folder / "last.pth", self.model, **states, **progress)
-            self.restart_clock()  # neither evaluating nor saving counts as training time
+            self.save(done, pending=bool(evaluating))
         self.signal.leave()
+        if evaluating:
+            self.evaluate(done)
+        self.clock += time.perf_counter() - pause  # neither logging, saving nor evaluating counts as training time
+        if logging or done == self.start + 3:  # nor do the first iterations, which set up memory and choose kernels
+            self.restart_clock(done)
         if done == self.iters:
-            self.log.close()
-            self.signal.close()
+            self.close()
+
+    def check_numbers(self, active: list) -> Tensor:
+        """The last iteration's losses; a UserError that names iteration, term and images if one since the last check, or
+        a weight, is not finite."""
+        values = torch.stack([values for _, _, values in self.since_check]).double().cpu()  # (iterations, terms)
+        bad = ~values.isfinite()
+        first = next((i for i, row in enumerate(bad.any(1).tolist()) if row), len(values))
+        everywhere = int(over_ranks(torch.tensor(first), "MIN"))  # gradients are shared: one rank's NaN is soon everybody's
+        if first == everywhere < len(values):
+            (done, names, _), term = self.since_check[first], active[bad[first].int().argmax()]
+            what = f"{term} is {values[first][active.index(term)]:g} at iteration {done}"
+            raise UserError(f"{what} (images {', '.join(names)}): lower --lr or look at these images; nothing was saved")
+        if everywhere < len(values):
+            sys.exit(2)  # the other rank says why
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            done, names, _ = self.since_check[-1]
+            raise UserError(f"a weight is not finite at iteration {done} (images {', '.join(names)}): lower --lr; nothing was saved")
+        self.since_check = []
+        return values[-1]
+
+    def save(self, done: int, pending: bool):
+        if rank():
+            return
+        last, args = self.folder / "last.pth", self.args
+        states = {key: part.state_dict() for key, part in self.parts.items()}
+        progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config, "flops": self.flops}
+        save_checkpoint(last, self.model, **states, **progress, pending=pending)
+        if args.keep and done % args.save_every == 0 and not pending:
+            link(last, self.folder / f"iter{done:07d}.pth")  # the next save replaces last.pth and leaves this file as it is
+            for old in sorted(self.folder.glob("iter*.pth"))[: -args.keep]:
+                old.unlink()
+
+    def evaluate(self, done: int):
+        with self.signal.at_once():
+            outcome = evaluate([self.model], self.validation, next(self.model.parameters()).device, self.args.workers)
+        set_mode(self.model, self.args.bn)
+        mean = outcome[f"miou{self.model.num_classes}"] or 0.0
+        improved, self.best = mean > self.best, max(mean, self.best)
+        self.result = {**{key: value for key, value in outcome.items() if key != "confusion"}, "best": self.best}
+        self.log.write(iter=done, event="evaluation", **self.result)
+        self.log.show(f"{self.name} {done}/{self.iters}  mIoU {mean:.1f} on {outcome['images']} validation images", True)
+        if improved and rank() == 0:
+            save_checkpoint(self.folder / "best.pth", self.model, iter=done, scores=self.result, oracle=True, config=self.config)
+        self.save(done, pending=False)
+
+    def close(self):
+        self.log.close()
+        self.signal.close()
+        wait_for_ranks()  # until last.pth is there for all
+
+
+def peak_memory_mb() -> float:
+    """Most memory used so far, in MiB: torch's on the GPU, else all of this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def validation_set(kind: str, root, num_classes: int, size):

@@ -98,7 +98,7 @@ def write_panel(path: Path, checkpoints: list, models: list, dataset, rows: int,
 
 def main():
     args = parse_args()
-    device = common.choose_device(args.device)
+    device = common.set_up(args.device)
     paths = args.ckpt or [newest_checkpoint()]
     loaded = [common.build_model(path) for path in paths]
     models, num_classes = [model.to(device) for model, _ in loaded], loaded[0][0].num_classes

@@ -150,6 +150,7 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--overwrite", "start over where --out holds another run", action="store_true")
     add(g, "--eval-every", "iterations between evaluations, 0: only at the end", type=WHOLE)
     add(g, "--save-every", "iterations between saves of last.pth", type=POSITIVE)
+    add(g, "--keep", "how many older snapshots to keep beside last.pth", type=WHOLE, default=0)
     add(g, "--log-every", "iterations between records in log.jsonl", type=POSITIVE)
     add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=number(int, 0, 2**32 - 1), default=0)
 
@@ -170,8 +171,13 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--lr-head-mult", "factor on the heads' learning rate", type=REAL)
 
     g = parser.add_argument_group("speed")
-    add(g, "--workers", "processes that read images", type=number(int, 0, 256))
+    add(g, "--workers", "processes that read images, for each domain", type=number(int, 0, 256))
     add(g, "--device", "cpu or cuda; cuda if there is one", choices=("cpu", "cuda"))
+    add(g, "--amp", "convolutions in bfloat16, losses in float32 (default: on with CUDA)", **SWITCH)
+    add(g, "--compile", "compile networks and losses: minutes at the start, then faster", default=False, **SWITCH)
+    add(g, "--grad-accum", "batches per optimizer step, one after the other, where a larger batch does not fit", type=POSITIVE, default=1)
+    checkpoint_help = "compute activations again in the backward pass instead of keeping them: less memory, a third slower"
+    add(g, "--checkpoint-activations", checkpoint_help, default=False, **SWITCH)
 
 
 def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Namespace:
@@ -191,8 +197,13 @@ def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Nam
     if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
         raise UserError("--num-classes other than 19 needs --source folder and --target folder")
     common.writable(args.out, "warmup", "stage1", "stage2", "stage3")
-    if args.init == "imagenet" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
+    if args.init == "imagenet" and getattr(args, "stage", "1") != "2" and (args.layers, args.width) != ((3, 4, 23, 3), 64):
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
+    if args.compile and args.checkpoint_activations:
+        raise UserError("--compile and --checkpoint-activations exclude each other: the compiler decides itself what to keep")
+    args.device = common.set_up(args.device)
+    args.amp = args.device.type == "cuda" if args.amp is None else args.amp
+    args.ranks = common.world()
     return args
 
 
@@ -220,7 +231,8 @@ def parse_args() -> argparse.Namespace:
     add(g, "--lambda-seg-aux", "weight of the auxiliary cross-entropy", type=REAL, default=0.1)
     add(g, "--lambda-adv-main", "weight of the adversarial loss on the main head; both 0: source only", type=REAL, default=0.001)
     add(g, "--lambda-adv-aux", "weight of the adversarial loss on the auxiliary head", type=REAL, default=0.0002)
-    add(g, "--ratio", "λ, share of easy images; 0.67 is the paper's best, 1 is self-training alone", type=SHARE, default=0.67)
+    ratio_help = "λ, share of easy images; 0.67 is the paper's best, 1 is self-training alone; stage 2 takes several"
+    add(g, "--ratio", ratio_help, type=SHARE, nargs="+", default=[0.67])
     add(g, "--normalize-entropy", "rank by R x ((11 - rare classes)/11 + 0.5), the paper's best row", default=False, **SWITCH)
 
     add_shared_flags(parser, add, "runs/intrada")
@@ -233,6 +245,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}, where the learning rate is 0")
     if args.ckpt and args.stage in ("1", "3"):
         raise UserError(f"--ckpt is what stage 2 ranks with; stage {args.stage} starts from --init")
+    if len(args.ratio) > 1 and args.stage != "2":
+        raise UserError(f"--ratio: several values are for --stage 2, which writes a split for each; --stage {args.stage} takes one")
     if args.num_classes != 19 and args.normalize_entropy:
         raise UserError("--normalize-entropy counts 11 rare classes of the 19: it needs --num-classes 19")
     return args
@@ -263,14 +277,27 @@ SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
 
 
 def domain_loss(domain_logits: Tensor, domain: float) -> Tensor:
-    """Binary cross-entropy of D's logits (any shape) with one domain label for all of them: a scalar >= 0."""
+    """Binary cross-entropy of D's logits (any shape) with one domain label for all of them: a float32 scalar >= 0."""
+    domain_logits = domain_logits.float()
     return F.binary_cross_entropy_with_logits(domain_logits, torch.full_like(domain_logits, domain))
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, mean over the labelled pixels: logits (B,C,H,W), labels (B,H,W) with 255 = ignore. 0 if none is."""
+def segmentation_loss(logits: Tensor, labels: Tensor, pixels=None) -> Tensor:
+    """Cross-entropy, mean over the labelled pixels: logits (B,C,H,W), labels (B,H,W) with 255 = ignore. 0 if none is.
+
+    pixels: another number to divide the sum by, the `labelled_pixels` of several batches.
+    """
     total = F.cross_entropy(logits, labels, ignore_index=common.IGNORE, reduction="sum")
-    return total / (labels != common.IGNORE).sum().clamp(min=1)
+    return total / (labelled_pixels([labels]) if pixels is None else pixels)
+
+
+def labelled_pixels(labels: list) -> Tensor:
+    """Labelled pixels per batch, at least 1: the mean over the batches of an optimizer step, on all ranks.
+
+    With it a batch that is split over --grad-accum or over torchrun's processes has the loss of the whole batch.
+    """
+    count = sum((batch != common.IGNORE).sum() for batch in labels)
+    return (common.over_ranks(count) / (len(labels) * common.world())).float().clamp(min=1)
 
 
 def upsample(logits: Tensor, height: int, width: int) -> Tensor:
@@ -294,26 +321,27 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     source, target, validation are datasets, initial a weight file or dict or None; files go to <out>/<name>/. Returns
     the scores of the last evaluation.
     """
-    device = common.choose_device(args.device)
+    device, n = args.device, args.grad_accum
     common.seed_everything(args.seed)
     G = common.DeepLabV2(args.num_classes, args.layers, args.width)
     report = common.load_weights(G, initial) if initial is not None else "random initial weights"
     D_main, D_aux = Discriminator(args.num_classes, args.width), Discriminator(args.num_classes, args.width)
-    D = nn.ModuleDict({"main": D_main, "aux": D_aux}).to(device)
-    G.to(device)
+    D = nn.ModuleDict({"main": D_main, "aux": D_aux}).to(device, memory_format=torch.channels_last)
+    G.to(device).checkpoint_activations = args.checkpoint_activations
     g_params, d_params = [p for p in G.parameters() if p.requires_grad], list(D.parameters())
     g_groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
     g_optimizer = torch.optim.SGD(g_groups, lr=lr, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(d_params, lr=args.lr_d, betas=(0.9, 0.99))
 
     parts = {"discriminators": D, "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    about = f"{len(source)} labelled images, {len(target) if target else 'no'} target images, {report}"
+    about = f"{len(source)} labelled images, {len(target) if target else 'no'} target images, {report}, {batch_text(args)}"
     config = training_config(args, name, horizon, lr)
     overwrite = args.overwrite and not (name == "warmup" and args.stage == "3")
     run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, overwrite)
     if run.finished:
         return run.result
-    batches = (args.batch_size, run.start, iters, args.workers, device)
+    autocast, (information, ce) = precision_and_compiler(args, G, [self_information, segmentation_loss])
+    batches = (args.batch_size, run.start * n, iters * n, args.workers, device)
     source_batches = common.training_batches(source, args.seed, *batches)
     target_batches = target and common.training_batches(target, args.seed + 1, *batches)
     common.set_mode(G, args.bn)
@@ -326,51 +354,76 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
         g_optimizer.zero_grad(set_to_none=True)
         d_optimizer.zero_grad(set_to_none=True)
         with run.waiting_for_data():
-            source_batch, target_batch = next(source_batches), target and next(target_batches)
+            step = [(next(source_batches), target and next(target_batches)) for _ in range(n)]
+        pixels = labelled_pixels([source_batch["label"] for source_batch, _ in step]).to(device, non_blocking=True)
+        terms, names = [], []
+        for source_batch, target_batch in step:
+            # -------- G on source: L_seg = CE(main) + 0.1 CE(aux)
+            labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
+            with autocast:
+                prediction = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
+            source_main = upsample(prediction.main, *labels.shape[1:])  # (B, C, H, W)
+            source_aux = upsample(prediction.aux, *labels.shape[1:])
+            loss_seg_main, loss_seg_aux = ce(source_main, labels, pixels), ce(source_aux, labels, pixels)
+            ((loss_seg_main + args.lambda_seg_aux * loss_seg_aux) / n).backward()
 
-        # -------- G on source: L_seg = CE(main) + 0.1 CE(aux)
-        labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
-        prediction = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
-        source_main = upsample(prediction.main, *labels.shape[1:])  # (B, C, H, W)
-        source_aux = upsample(prediction.aux, *labels.shape[1:])
-        loss_seg_main = segmentation_loss(source_main, labels)
-        loss_seg_aux = segmentation_loss(source_aux, labels)
-        (loss_seg_main + args.lambda_seg_aux * loss_seg_aux).backward()
+            loss_adv_main = loss_adv_aux = loss_d_main = loss_d_aux = None
+            if target:
+                # -------- G on target: its maps should look like the source's. L_adv = 0.001 BCE(D(I_t), source) + aux
+                images = common.normalize(target_batch["image"].to(device, non_blocking=True))
+                with autocast:
+                    prediction = G(images)
+                maps = [information(upsample(logits, *images.shape[2:])) for logits in prediction[:2]]  # 2 x (B, C, H, W)
+                seen_main, seen_aux = seen = [level.detach().requires_grad_() for level in maps]
+                with autocast:
+                    target_main, target_aux = D_main(seen_main), D_aux(seen_aux)  # (B, 1, H/32, W/32)
+                loss_adv_main, loss_adv_aux = domain_loss(target_main, SOURCE), domain_loss(target_aux, SOURCE)
+                loss_adv = args.lambda_adv_main * loss_adv_main + args.lambda_adv_aux * loss_adv_aux
+                (loss_adv / n).backward(inputs=seen, retain_graph=True)  # to D's input, D stays as it is ...
+                torch.autograd.backward(maps, [level.grad for level in seen])  # ... and on through G
 
-        loss_adv_main = loss_adv_aux = loss_d_main = loss_d_aux = None
-        if target:
-            # -------- G on target: its maps should look like the source's. L_adv = 0.001 BCE(D(I_t), source) + aux
-            images = common.normalize(target_batch["image"].to(device, non_blocking=True))
-            prediction = G(images)
-            target_main = D_main(self_information(upsample(prediction.main, *images.shape[2:])))  # (B, 1, H/32, W/32)
-            target_aux = D_aux(self_information(upsample(prediction.aux, *images.shape[2:])))
-            loss_adv_main = domain_loss(target_main, SOURCE)
-            loss_adv_aux = domain_loss(target_aux, SOURCE)
-            loss_adv = args.lambda_adv_main * loss_adv_main + args.lambda_adv_aux * loss_adv_aux
-            loss_adv.backward(inputs=g_params, retain_graph=True)  # D stays as it is
-
-            # -------- D tells the domains apart: 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target), on both heads
-            maps_main, maps_aux = self_information(source_main.detach()), self_information(source_aux.detach())
-            loss_d_main = (domain_loss(D_main(maps_main), SOURCE) + domain_loss(target_main, TARGET)) / 2
-            loss_d_aux = (domain_loss(D_aux(maps_aux), SOURCE) + domain_loss(target_aux, TARGET)) / 2
-            (loss_d_main + loss_d_aux).backward(inputs=d_params)  # G stays as it is
-            d_optimizer.step()
+                # -------- D tells the domains apart: 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target), on both heads
+                maps_main, maps_aux = information(source_main.detach()), information(source_aux.detach())
+                with autocast:
+                    domain_main, domain_aux = D_main(maps_main), D_aux(maps_aux)
+                loss_d_main = (domain_loss(domain_main, SOURCE) + domain_loss(target_main, TARGET)) / 2
+                loss_d_aux = (domain_loss(domain_aux, SOURCE) + domain_loss(target_aux, TARGET)) / 2
+                ((loss_d_main + loss_d_aux) / n).backward(inputs=d_params)  # G stays as it is
+            terms.append({
+                "loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux, "loss_adv_main": loss_adv_main,
+                "loss_adv_aux": loss_adv_aux, "loss_d_main": loss_d_main, "loss_d_aux": loss_d_aux,
+            })  # fmt: skip
+            names += source_batch["name"] + (target_batch["name"] if target else [])
+        common.share_gradients(G, D)
         g_optimizer.step()
-        # -------- end of the method; the rest reports and saves
-
-        losses = {
-            "loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux, "loss_adv_main": loss_adv_main,
-            "loss_adv_aux": loss_adv_aux, "loss_d_main": loss_d_main, "loss_d_aux": loss_d_aux,
-        }  # fmt: skip
-        names = source_batch["name"] + (target_batch["name"] if target else [])
-        run.after_iteration(it + 1, losses, names, lr * decay)
+        if target:
+            d_optimizer.step()
+        # -------- end of the method; the rest reports, saves and evaluates
+        run.after_iteration(it + 1, terms, names, lr * decay)
     return run.result
+
+
+def batch_text(args) -> str:
+    images = args.batch_size * args.grad_accum * args.ranks
+    return f"{images} images per step and domain (--batch-size {args.batch_size} x --grad-accum {args.grad_accum} x {args.ranks} processes)"
+
+
+def precision_and_compiler(args, G: nn.Module, functions: list) -> tuple:
+    """What --amp and --compile stand for: the context in which networks run, and the functions, compiled or as they are.
+
+    G is compiled in place, which leaves the names in its state_dict alone. Shapes are fixed: one compilation for the
+    source's and one for the target's.
+    """
+    if args.compile:
+        G.compile(dynamic=False)
+        functions = [torch.compile(function, dynamic=False) for function in functions]
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp), functions
 
 
 def training_config(args, name: str, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
-    indifferent = {"stage", "check", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device"}
-    indifferent |= {"eval_every", "save_every", "log_every", "ratio", "normalize_entropy"}
+    indifferent = {"stage", "check", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device", "keep"}
+    indifferent |= {"eval_every", "save_every", "log_every", "ratio", "normalize_entropy", "compile", "checkpoint_activations"}
     config = {key: str(value) for key, value in vars(args).items() if key not in indifferent}
     if name == "warmup":  # shared by runs that differ only in what comes after it
         config = {key: value for key, value in config.items() if key in WARMUP_FLAGS}
@@ -379,7 +432,7 @@ def training_config(args, name: str, *schedule) -> dict:
 
 
 WARMUP_FLAGS = """data_root source source_root num_classes init layers width source_size bn lr_backbone_mult lr_head_mult batch_size
-    warmup_lr lambda_seg_aux seed scales warmup_short_side warmup_crop flip""".split()
+    warmup_lr lambda_seg_aux seed amp grad_accum ranks scales warmup_short_side warmup_crop flip""".split()
 
 
 # ---------------------------------------------------------------- stage 2: ranking, split, pseudo labels
@@ -389,68 +442,85 @@ WARMUP_FLAGS = """data_root source source_root num_classes init layers width sou
 def predict_target(args, checkpoint: Path, images: dict) -> dict:
     """{name: (entropy, normalised entropy)}: R(X) = mean over pixels and classes of I (main head, eval mode).
 
-    Writes <out>/stage2/predictions/<name>.png (trainIds, argmax without threshold) and, last, predictions.json. If that
-    is there already, of this checkpoint, size and images, the network does not run again: another λ costs nothing.
+    Writes below <out>/stage2/predictions/: <name>_trainids.png (argmax without threshold; holds also the entropies and
+    what it was made of), <name>_colour.png and <name>_entropy.png (0..255 for an entropy of 0..1). An image that is there
+    already, from this checkpoint and size, is not predicted again: a killed run goes on, another λ costs nothing.
     """
-    device, folder, C = common.choose_device(args.device), args.out / "stage2", args.num_classes
-    G, report = common.build_model(checkpoint)
-    if G.num_classes != C:
-        raise UserError(f"{checkpoint} predicts {G.num_classes} classes: give --num-classes {G.num_classes}")
-    digest = hashlib.sha256(checkpoint.read_bytes())
-    digest.update(str((args.target_size, list(images))).encode())
-    record = folder / "predictions.json"
-    if record.exists():
-        known = json.loads(record.read_text())
-        if known["of"] == digest.hexdigest():
-            print(f"stage 2: {len(images)} target images are already predicted with {checkpoint}")
-            return known["entropy"]
-        record.unlink()
-    print(f"stage 2: predicting {len(images)} target images with {checkpoint}, {report}")
-    G.to(device).eval()
-    (width, height), start, entropies = args.target_size, time.perf_counter(), {}
-    for item in common.one_by_one(common.Images(images, args.target_size), args.workers, device):
-        logits = G(common.normalize(item["image"][None].to(device, non_blocking=True))).main
-        label, entropy = torch.empty(height, width, dtype=torch.uint8, device=device), 0.0
-        for first, block in common.upsample_blocks(logits, args.target_size):  # (1, C, rows, W)
-            label[first : first + block.shape[2]] = block[0].argmax(0)
-            entropy = entropy + self_information(block).sum(dtype=torch.float64)
-        label, entropy = label.cpu().numpy(), entropy.item() / (C * height * width)
-        factor = rarity_factor(set(np.unique(label).tolist())) if C == 19 else 1.0
-        entropies[item["name"]] = (entropy, entropy * factor)
-        common.write_png(folder / "predictions" / f"{item['name']}.png", label)
-    common.write_text(record, json.dumps({"of": digest.hexdigest(), "entropy": entropies}))
-    print(f"stage 2: {len(images)} images in {time.perf_counter() - start:.0f} s")
-    return entropies
+    folder, C, device = args.out / "stage2" / "predictions", args.num_classes, args.device
+    origin = f"{hashlib.sha256(checkpoint.read_bytes()).hexdigest()} {args.target_size}"
+
+    def finished(name):
+        text = common.png_text(folder / f"{name}_trainids.png")
+        return tuple(map(float, text["entropy"].split())) if text.get("origin") == origin else None
+
+    missing = {name: path for name, path in images.items() if not finished(name)}
+    common.wait_for_ranks()  # until all have looked
+    if missing:
+        G, report = common.build_model(checkpoint)
+        if G.num_classes != C:
+            raise UserError(f"{checkpoint} predicts {G.num_classes} classes: give --num-classes {G.num_classes}")
+        print(f"stage 2: predicting {len(missing)} of {len(images)} target images with {checkpoint}, {report}")
+        G.to(device).eval()
+        (width, height), start = args.target_size, time.perf_counter()
+        for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
+            logits = G(common.normalize(item["image"][None].to(device, non_blocking=True))).main
+            maps = torch.empty(2, height, width, dtype=torch.uint8, device=device)  # label, entropy 0..255
+            entropy = 0.0
+            for first, block in common.upsample_blocks(logits, args.target_size):  # (1, C, rows, W)
+                pixel_entropy = self_information(block).sum(1)  # (1, rows, W)
+                maps[0, first : first + block.shape[2]] = block[0].argmax(0)
+                maps[1, first : first + block.shape[2]] = (255 * pixel_entropy[0]).round()
+                entropy = entropy + pixel_entropy.sum(dtype=torch.float64)
+            (label, picture), entropy, stem = maps.cpu().numpy(), entropy.item() / (C * height * width), folder / item["name"]
+            both = entropy, entropy * (rarity_factor(set(np.unique(label).tolist())) if C == 19 else 1.0)
+            common.write_png(f"{stem}_entropy.png", picture)
+            common.write_png(f"{stem}_colour.png", label, common.palette_for(C))
+            common.write_png(f"{stem}_trainids.png", label, text={"origin": origin, "entropy": "{!r} {!r}".format(*both)})
+        print(f"stage 2: {len(missing)} images in {time.perf_counter() - start:.0f} s")
+        common.wait_for_ranks()
+    else:
+        print(f"stage 2: {len(images)} target images are already predicted with {checkpoint}")
+    return {name: finished(name) for name in images}
 
 
 def rank(args, checkpoint: Path, images: dict):
     """Sort the target images by entropy; the floor(λN) lowest are easy, the rest hard.
 
-    Writes <out>/stage2/: for the easy images labels/<name>.png (trainIds) and colour/<name>.png, then easy.txt, hard.txt
-    and, last, ranking.csv (name, entropy, normalized_entropy, split; in the order of the ranking).
+    Writes into `split_folder` of every --ratio: for the easy images labels/<name>.png (trainIds) and colour/<name>.png,
+    then easy.txt, hard.txt and, last, ranking.csv (name, entropy, normalized_entropy, split; in the order of the ranking).
     """
-    folder, palette = args.out / "stage2", common.palette_for(args.num_classes)
-    entropies = predict_target(args, checkpoint, images)
+    predictions, entropies = args.out / "stage2" / "predictions", predict_target(args, checkpoint, images)
     key = 1 if args.normalize_entropy else 0
     names = sorted(images, key=lambda name: (entropies[name][key], name))
-    easy = int(Fraction(str(args.ratio)) * len(names))  # as a float, 0.29 * 100 is 28.999...
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["name", "entropy", "normalized_entropy", "split"])
-    writer.writerows([name, *entropies[name], "easy" if i < easy else "hard"] for i, name in enumerate(names))
-    ranking = folder / "ranking.csv"
-    if not ranking.exists() or ranking.read_text() != table.getvalue():
-        ranking.unlink(missing_ok=True)  # absent while the rest is being replaced
-        for kind in ("labels", "colour"):
-            shutil.rmtree(folder / kind, ignore_errors=True)
-        for name in names[:easy]:
-            label = np.asarray(common.open_image(folder / "predictions" / f"{name}.png"))
-            common.write_png(folder / "labels" / f"{name}.png", label)
-            common.write_png(folder / "colour" / f"{name}.png", label, palette)
-        common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in names[:easy]))
-        common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in names[easy:]))
-        common.write_text(ranking, table.getvalue())
-    print(f"stage 2: {easy} easy and {len(names) - easy} hard images, {ranking}")
+    for ratio in args.ratio if common.rank() == 0 else ():
+        folder, easy = split_folder(args, ratio), easy_count(ratio, names)
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["name", "entropy", "normalized_entropy", "split"])
+        writer.writerows([name, *entropies[name], "easy" if i < easy else "hard"] for i, name in enumerate(names))
+        ranking = folder / "ranking.csv"
+        if not ranking.exists() or ranking.read_text() != table.getvalue():
+            if ranking.exists():
+                print(f"stage 2: replacing the split in {folder}")
+            ranking.unlink(missing_ok=True)  # absent while the rest is being replaced
+            for kind, source in (("labels", "trainids"), ("colour", "colour")):
+                shutil.rmtree(folder / kind, ignore_errors=True)
+                for name in names[:easy]:
+                    common.link(predictions / f"{name}_{source}.png", folder / kind / f"{name}.png")
+            common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in names[:easy]))
+            common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in names[easy:]))
+            common.write_text(ranking, table.getvalue())
+        print(f"stage 2: {easy} easy and {len(names) - easy} hard images, {ranking}")
+    common.wait_for_ranks()
+
+
+def split_folder(args, ratio: float) -> Path:
+    """Where stage 2 puts the split by this λ: <out>/stage2, or, of several, <out>/ratio<λ>/stage2 for a stage 3 each."""
+    return args.out / f"ratio{ratio:g}" / "stage2" if len(args.ratio) > 1 else args.out / "stage2"
+
+
+def easy_count(ratio: float, images) -> int:
+    return int(Fraction(str(ratio)) * len(images))  # as a float, 0.29 * 100 is 28.999...
 
 
 def read_split(args, images: dict) -> tuple:
@@ -483,7 +553,6 @@ def read_split(args, images: dict) -> tuple:
 
 def main():
     args = parse_args()
-    common.choose_device(args.device)
     if args.demo:
         print("Demo: built-in street scenes, a small network and a short schedule. For real data: --data-root DIR (see README).")
         args.data_root = common.demo_scenes(args.source)
@@ -497,8 +566,8 @@ def main():
         read_split(args, target_images)
     if (args.ckpt and args.stage == "all") or (args.check and args.stage == "2"):
         print(f"{checkpoint}: {common.build_model(checkpoint)[1]}")  # readable at all, before stage 1 is trained
-    if args.stage == "all" and int(Fraction(str(args.ratio)) * len(target_images)) == 0:
-        raise UserError(f"--ratio {args.ratio} of {len(target_images)} target images leaves no easy one: raise it")
+    if args.stage == "all" and easy_count(args.ratio[0], target_images) == 0:
+        raise UserError(f"--ratio {args.ratio[0]:g} of {len(target_images)} target images leaves no easy one: raise it")
     validation = source = None
     if args.stage != "2":
         validation = common.validation_set(args.target, target_root, C, args.target_size)
@@ -512,9 +581,10 @@ def main():
         datasets = {"source": source, "target": common.Images(target_images), "pseudo labels": pseudo, "validation": validation}
         G, D = common.DeepLabV2(C, args.layers, args.width), Discriminator(C, args.width)
         trainings = {"1": 1, "2": 0, "3": 1, "all": 2}[args.stage] + bool(args.warmup_iters and args.stage != "2")
-        checkpoints = trainings * common.training_bytes([(G, 2), (D, 6)], G, getattr(args, "keep", 0))
-        pictures = (args.stage in ("2", "all")) * (1 + 2 * args.ratio) * len(target_images)  # predictions; labels and colour
-        return common.check(args, datasets, G, checkpoints + pictures * math.prod(args.target_size) / 4)  # 2 bits a pixel, amply
+        checkpoints = trainings * common.training_bytes([(G, 2), (D, 6)], G, args.keep)
+        # Of a target image an entropy map of 8 bits a pixel, a label and its colour of 2, amply; splits are links to them.
+        pictures = (args.stage in ("2", "all")) * len(target_images) * math.prod(args.target_size) * 1.5
+        return common.check(args, datasets, G, checkpoints + pictures)
     for labelled in (source, validation):
         if labelled:
             labelled.look()
