@@ -421,7 +421,9 @@ def read_checkpoint(path) -> dict:
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: name the .pth file in it")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of formats that `parse_weights` refuses
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: check the path")
     except PermissionError:

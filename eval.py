@@ -17,13 +17,11 @@ from torch.utils.data import Subset
 
 import common
 from common import UserError
-from intrada import POSITIVE, WHOLE, self_information, size
+from intrada import POSITIVE, Parser, WHOLE, self_information, size
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def add(flag, help, **options):
         help += " (default: %(default)s)" if options.get("default") else ""

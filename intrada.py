@@ -562,8 +562,10 @@ def main():
     target_images = common.list_images(args.target, target_root, "train")
     if args.stage in ("2", "all") and (args.ckpt or args.stage == "2") and not checkpoint.exists():
         raise UserError(f"no {checkpoint}: run intrada.py --stage 1 --out {args.out} first, or name a checkpoint with --ckpt")
+    pseudo = None
     if args.stage == "3":
-        read_split(args, target_images)
+        pseudo = common.Labelled(read_split(args, target_images)[0], "folder", C, args.target_size, same_aspect=False)
+        pseudo.open(0)
     if (args.ckpt and args.stage == "all") or (args.check and args.stage == "2"):
         print(f"{checkpoint}: {common.build_model(checkpoint)[1]}")  # readable at all, before stage 1 is trained
     if args.stage == "all" and easy_count(args.ratio[0], target_images) == 0:
@@ -576,8 +578,6 @@ def main():
         pairs = common.list_pairs(args.source, source_root)
         source = common.Labelled(pairs, args.source, C, args.source_size, seed=args.seed)
     if args.check:
-        easy, _ = read_split(args, target_images) if args.stage == "3" else (None, None)
-        pseudo = easy and common.Labelled(easy, "folder", C, same_aspect=False)
         datasets = {"source": source, "target": common.Images(target_images), "pseudo labels": pseudo, "validation": validation}
         G, D = common.DeepLabV2(C, args.layers, args.width), Discriminator(C, args.width)
         trainings = {"1": 1, "2": 0, "3": 1, "all": 2}[args.stage] + bool(args.warmup_iters and args.stage != "2")

@@ -16,10 +16,12 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -546,6 +548,9 @@ BAD_WEIGHTS = {
     "no tensors": lambda: {"a": 1},
     "a tensor": lambda: torch.zeros(3),
     "code": lambda: {"state_dict": Malicious()},
+    "NaN": lambda: {**published("advent"), "conv1.weight": torch.full((4, 3, 7, 7), math.nan)},
+    "integers": lambda: {**published("advent"), "conv1.weight": torch.ones(4, 3, 7, 7, dtype=torch.int8)},
+    "sparse": lambda: {**published("advent"), "conv1.weight": torch.ones(4, 3, 7, 7).to_sparse()},
 }
 
 
@@ -956,39 +961,122 @@ BAD_FLAGS = [  # script, flags, what the message names
     (intrada, "--out file/run", "file"), (bcl, "--out file", "file"), (eval_script, "--ckpt", "runs"), (eval_script, "--ckpt file", "file"),
     *([] if torch.cuda.is_available() else [(intrada, "--device cuda", "--device cuda")]),
     (eval_script, "--input-size 10x10 --ckpt file", "--input-size"), (eval_script, "--ckpt nowhere.pth", "nowhere.pth"),
+    (bcl, "--tua 0.8", "did you mean --tau?"), (intrada, "--lr-bakbone-mult 1", "--lr-backbone-mult?"), (intrada, "stage1", "stage1"),
+    *((intrada, flags, flags.split("=")[0].split()[0]) for flags in (
+        "--lr nan", "--lr inf", "--max-iters 1e3", "--max-iters 99999999999", "--target-size 99999x99999", "--workers 999", "--layers 9999,1,1,1",
+        "--out=", "--data-root=", "--ckpt=")),
+    (intrada, "--ckpt folder", "folder is a folder"), (eval_script, "--ckpt folder", "folder is a folder"), (bcl, "--init folder", "--init folder"),
+    (bcl, "--data-root file", "file"), (intrada, "--out occupied", "occupied/stage3"), (intrada, "--out link", "link"),
 ]  # fmt: skip
 HALF = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x40"
-BAD_DATA = [  # file or folder below the data root; what is done to it; what the message names
-    ("GTA5/images/00001.png", HALF, "00001.png"), ("GTA5/images/00001.png", b"", "00001.png"), ("GTA5/labels/00001.png", b"<html>", "00001.png"),
-    ("GTA5/labels/00001.png", "deleted", "00001"), ("GTA5/images/00002.png", "deleted", "00002"), ("GTA5/labels/00001.png", "stretched", "64x20"),
-    ("GTA5/labels/00001.png", "coloured", "00001.png"), ("GTA5/labels", "deleted", "labels"), ("GTA5", "deleted", "GTA5"),
-    ("Cityscapes/gtFine/val", "deleted", "gtFine"), ("Cityscapes/leftImg8bit/train", "deleted", "leftImg8bit"),
-    ("Cityscapes/leftImg8bit/train/aldenburg/aldenburg_000000_000019_leftImg8bit.png", HALF, "aldenburg_000000_000019_leftImg8bit.png"),
+
+
+def resaved(kind, mode="RGB"):
+    return lambda path: Image.open(path).convert(mode).save(path, kind)
+
+
+def cut(part, more):
+    return lambda path: path.write_bytes(path.read_bytes()[: path.read_bytes().index(part) + more])
+
+
+def filled(value, dtype=np.uint8):
+    return lambda path: Image.fromarray(np.full((64, 64), value, dtype)).save(path)
+
+
+def each(change):
+    return lambda folder: [change(path) for path in folder.rglob("*.png")]
+
+
+def as_trainids(path):
+    Image.fromarray(common.trainid_table(CITYSCAPES_IDS)[np.asarray(Image.open(path))]).save(path)
+
+
+def bomb(path):
+    header = b"IHDR" + (10_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
+    path.write_bytes(HALF[:12] + header + zlib.crc32(header).to_bytes(4, "big") + b"\0\0\0\0IDAT\0\0\0\0")
+
+
+def replaced(make):
+    return lambda path: (path.unlink(), make(path))
+
+
+IMAGE, LABEL, TRAIN = "GTA5/images/00001.png", "GTA5/labels/00001.png", "Cityscapes/leftImg8bit/train"
+BAD_DATA = [  # file or folder below the data root; what is done to it: bytes or a function; what the message names
+    (IMAGE, HALF, "00001.png"), (IMAGE, b"", "00001.png"), (LABEL, b"<html>", "00001.png"), (LABEL, Path.unlink, "00001"),
+    ("GTA5/images/00002.png", Path.unlink, "00002"), (LABEL, lambda path: draw(path, (64, 20), 7), "64x20"), (LABEL, lambda path: draw(path, (64, 64)), "00001.png"),
+    ("GTA5/labels", shutil.rmtree, "labels"), ("GTA5", shutil.rmtree, "GTA5"), ("Cityscapes/gtFine/val", shutil.rmtree, "gtFine"),
+    (TRAIN, shutil.rmtree, "leftImg8bit"), (f"{TRAIN}/aldenburg/aldenburg_000000_000019_leftImg8bit.png", HALF, "aldenburg_000000_000019_leftImg8bit.png"),
+    (IMAGE, cut(b"IDAT", 90), "00001.png"), (LABEL, cut(b"PLTE", 9), "00001.png"), (IMAGE, resaved("GIF"), "00001.png"), (IMAGE, bomb, "absurd"),
+    (IMAGE, filled(3000, np.uint16), "00001.png"), (LABEL, filled(7, np.uint16), "16 bits"), (LABEL, resaved("PNG", "LA"), "LA"),
+    (LABEL, resaved("JPEG", "L"), "JPEG"), (LABEL, filled(128), "128"), ("GTA5/labels", each(filled(1)), "00001.png"), ("GTA5/labels", each(as_trainids), "trainIds"),
+    ("Cityscapes/gtFine/val", each(filled(255)), "gtFine/val"), (IMAGE, replaced(Path.mkdir), "00001"), (IMAGE, replaced(os.mkfifo), "00001.png"),
+    (IMAGE, replaced(lambda path: path.symlink_to("nowhere")), "00001.png"), (TRAIN, lambda path: (path / "loop").symlink_to(path), "loop"),
+    (TRAIN, lambda path: draw(f"{path}/a\nb_leftImg8bit.png"), "rename"), ("GTA5/images", lambda path: (path / "images").mkdir(), "images/images"),
 ]  # fmt: skip
 
 
 def expect_refusal(module, flags, culprit):
     """Exit status 2, one sentence that names the culprit, no traceback, no result."""
     status, _, err = call(module, *flags)
-    assert status == 2 and culprit in err and "Traceback" not in err and "error: " in err.splitlines()[-1]
+    assert status == 2 and culprit in err and "Traceback" not in err and len(err.splitlines()) == 1 and err.startswith("error: ")
     assert not list(Path(".").rglob("last.pth"))
 
 
 @pytest.mark.parametrize("module, flags, culprit", BAD_FLAGS, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_bad_flags(module, flags, culprit, scenes):
-    Path("file").write_text("not a checkpoint")
+    Path("file").write_text("not a checkpoint"), Path("folder").mkdir(), Path("link").symlink_to("nowhere")
+    Path("occupied").mkdir(), Path("occupied/stage3").write_text("a file")
     expect_refusal(module, ["--data-root", scenes, *FLAGS[module], *flags.split()], culprit)
 
 
 @pytest.mark.parametrize("name, change, culprit", BAD_DATA, ids=str)
 def test_damaged_data(name, change, culprit, broken):
-    path = broken / name
-    if change == "deleted":
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    else:
-        draw(path, (64, 20), 7) if change == "stretched" else draw(path, (64, 64)) if change == "coloured" else path.write_bytes(change)
+    (broken / name).write_bytes(change) if isinstance(change, bytes) else change(broken / name)
     workers = int(change == HALF)  # a worker's message goes through a DataLoader
     expect_refusal(intrada, ["--data-root", broken, *INTRADA, "--warmup-iters", 0, "--out", "run", "--workers", workers], culprit)
+    expect_refusal(bcl, ["--data-root", broken, *BCL, "--check"], culprit)
+
+
+def test_check(broken, monkeypatch):
+    for module, kind, encoding in ((intrada, "gta5", "8-bit palette (8)"), (bcl, "synthia", "16-bit RGB (8)")):
+        flags = ["--data-root", broken, *FLAGS[module], "--source", kind, "--check", "--out", "run"]
+        out = succeed(module, *flags)
+        assert encoding in out and "source: 8 pairs" in out and "target: 10 images" in out and "64x64 (8)" in out and "road 1" in out
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=1000))
+            expect_refusal(module, flags, "--out run")
+    label = bytearray((broken / LABEL).read_bytes())
+    label[-13] ^= 1  # the last checksum of the pixels: decoding does not look at it
+    (broken / LABEL).write_bytes(label)
+    expect_refusal(intrada, ["--data-root", broken, *INTRADA, "--check"], "00001.png")
+    assert not Path("run").exists() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("change", [lambda t: t[: len(t) // 2], lambda t: t.replace("easy", "esay", 1), lambda t: t.replace("split", "part"), lambda t: t + t[-60:], lambda t: "\0"])
+def test_damaged_ranking(change, trained, scenes):
+    ranking = Path(shutil.copytree(trained(intrada) / "stage2", "run/stage2")) / "ranking.csv"
+    ranking.write_text(change(ranking.read_text()))
+    expect_refusal(intrada, ["--data-root", scenes, *INTRADA, "--stage", 3, "--out", "run"], "ranking.csv")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(trained, scenes):
+    """A limit on the size of a file makes writing fail as a full disk does."""
+    shutil.copytree(trained(intrada), "run")
+    torch.save({**last("run/stage1"), "iter": 2}, "run/stage1/last.pth")
+    before, limit = Path("run/stage1/last.pth").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        status, _, err = call(intrada, "--data-root", scenes, *INTRADA, "--stage", 1, "--out", "run", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 2 and "cannot write run/stage1" in err and Path("run/stage1/last.pth").read_bytes() == before
+
+
+def test_out_of_memory_is_one_sentence(scenes):
+    for error, remedy in ((MemoryError(), "--batch-size"), (torch.cuda.OutOfMemoryError("CUDA out of memory"), "--amp"), (RuntimeError("DefaultCPUAllocator: can't allocate"), "--workers")):
+        with mock.patch.object(common, "list_images", side_effect=error):
+            expect_refusal(intrada, ["--data-root", scenes, *INTRADA], remedy)
+    assert common.as_sentence(RuntimeError("a bug")) is None
 
 
 def test_a_refusal_is_one_line_and_writes_nothing(scenes, tmp_path):
