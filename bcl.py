@@ -319,35 +319,43 @@ def read_draft(path) -> tuple:
 
 
 @torch.no_grad()
+def pair_labels(args, G, ema_source, ema_target, thresholds, item: dict, pair: dict) -> dict:
+    """{"static", "dynamic", "hybrid": (H,W) int64 labels} of a validation item, at its label's size, beside a source item.
+
+    Features are taken in training mode, as in training; the running statistics that this moves are put back.
+    """
+    device, backup = args.device, {name: b.clone() for name, b in G.named_buffers()}
+    G.eval()
+    label, bins = predict(G, item["image"].to(device), args.target_size)
+    static = choose_static(label, bins, (thresholds * BINS).to(device), args.static_ratio)
+    common.set_mode(G, args.bn)
+    S = G(common.normalize(pair["image"][None].to(device))).features
+    T = G(common.normalize(item["image"][None].to(device))).features
+    prototypes, present = class_prototypes(S[0], downsample(pair["label"][None].to(device), S)[0], args.num_classes)
+    calibrated = calibrate(prototypes, present, ema_source, ema_target) if args.calibrate else prototypes
+    dynamic = dynamic_labels(T[0], calibrated, present, args.tau)
+    static, dynamic = (downsample(y[None], item["label"])[0] for y in (static, dynamic))
+    for name, b in G.named_buffers():
+        b.copy_(backup[name])
+    return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
+
+
+@torch.no_grad()
 def label_statistics(args, G, ema_source, ema_target, thresholds, source, validation) -> dict:
     """Coverage and accuracy in percent of static, dynamic and hybrid labels on the *val* images, each paired with a
     source image: {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
 
     Coverage is the share of labelled pixels (per class: of the class's true pixels), accuracy the share of right ones
-    among the labelled (per class: among those given that label); 255 in the ground truth is left out. Features are taken
-    in training mode, as in training; the running statistics that this moves are put back.
+    among the labelled (per class: among those given that label); 255 in the ground truth is left out.
     """
-    C, device, backup = args.num_classes, args.device, {name: b.clone() for name, b in G.named_buffers()}
+    C, device = args.num_classes, args.device
     counts = {kind: torch.zeros(C, C + 1, dtype=torch.int64, device=device) for kind in ("static", "dynamic", "hybrid")}
     for i in range(common.rank(), len(validation), common.world()):
         item, pair = validation[i], source[i, i * 7919 % len(source)]  # a fixed, well mixed partner
         truth = item["label"].to(device)
-        G.eval()
-        label, bins = predict(G, item["image"].to(device), args.target_size)
-        static = choose_static(label, bins, (thresholds * BINS).to(device), args.static_ratio)
-        common.set_mode(G, args.bn)
-        S = G(common.normalize(pair["image"][None].to(device))).features
-        T = G(common.normalize(item["image"][None].to(device))).features
-        p_s, present = class_prototypes(S[0], downsample(pair["label"][None].to(device), S)[0], C)
-        calibrated = calibrate(p_s, present, ema_source, ema_target) if args.calibrate else p_s
-        dynamic = dynamic_labels(T[0], calibrated, present, args.tau)
-
-        static, dynamic = (downsample(y[None], truth)[0] for y in (static, dynamic))
-        for kind, y in (("static", static), ("dynamic", dynamic), ("hybrid", hybrid_labels(static, dynamic))):
+        for kind, y in pair_labels(args, G, ema_source, ema_target, thresholds, item, pair).items():
             pairs = truth.long() * (C + 1) + y.clamp(max=C)  # column C: no label
             counts[kind] += torch.bincount(pairs[truth < C], minlength=C * (C + 1)).view(C, C + 1)
-        for name, b in G.named_buffers():
-            b.copy_(backup[name])
 
     def percent(part, whole):
         return [None if w == 0 else 100 * p / w for p, w in zip(part.flatten().tolist(), whole.flatten().tolist())]

@@ -1277,7 +1277,8 @@ class Run:
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
-        if self.flops is None:  # the first iteration of a run counts its operations, until after_iteration
+        # The first iteration of a run counts its operations, until after_iteration; torch 2.4 cannot while it compiles.
+        if self.flops is None and not (self.args.compile and torch.__version__ < "2.6"):
             self.counter = FlopCounterMode(display=False)
             self.counter.__enter__()
 
@@ -1306,7 +1307,7 @@ class Run:
             pause = time.perf_counter()  # after the GPU was waited for
             seconds = pause - self.clock
             rate = (done - self.last) / seconds
-            speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate, "tflops": rate * self.flops / 1e12}
+            speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate, "tflops": self.flops and rate * self.flops / 1e12}
             losses = {**dict.fromkeys(terms[0]), **dict(zip(active, values.tolist()))}
             self.log.write(iter=done, **losses, lr=lr, **more, **speed, peak_memory_mb=peak_memory_mb())
             text = "  ".join(f"{term.removeprefix('loss_')} {losses[term]:.3f}" for term in active)

@@ -4,7 +4,8 @@
 
 Contents   1 helpers and fixtures   2 IntraDA's and the evaluation's maths   3 BCL's maths   4 networks
            5 labels, readers, sampler   6 weight files   7 street scenes   8 training, step by step as the papers have it
-           9 IntraDA end to end   10 BCL end to end   11 eval.py   12 bad inputs   13 the README's commands
+           9 IntraDA end to end   10 BCL end to end   11 eval.py   12 bad inputs
+           13 speed: processes, batches, precision, memory   14 dependable: signals, numbers, snapshots   15 the README's commands
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -769,28 +771,45 @@ def test_training_opens_no_target_label(module, stages, labels, broken, trained)
     assert difference(last(Path("run", stages[-1]))["model"], last(trained(module) / stages[-1])["model"]) == 0
 
 
+class Killed(BaseException):
+    pass
+
+
+def numbers(folder):
+    """What a log says, but for times and speeds."""
+    timed = ("seconds", "data_seconds", "it_per_s", "tflops", "peak_memory_mb", "args", "about")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
 @BOTH
-def test_resume_is_exact(module, stages, scenes, trained):
-    """Interrupted right after every save, workers changed on the way: weights and log as if nothing had happened."""
-    save, saved = common.save_checkpoint, set()
+def test_killed_again_and_again(module, stages, scenes, trained):
+    """Killed just before or just after some file is put in its place (of a checkpoint, a prediction, a label, a table),
+    with other numbers of workers on the way: files, weights and logs as if nothing had happened."""
+    replace, whole, attempt, status = os.replace, trained(module), 0, None
 
-    def save_and_die(path, model, **state):
-        save(path, model, **state)
-        if Path(path).name == "last.pth" and (path, state["iter"]) not in saved:
-            saved.add((path, state["iter"]))
-            raise KeyboardInterrupt
+    def replace_and_die(old, new):
+        nonlocal left
+        left -= 1
+        if left == 0 and attempt % 2:
+            raise Killed
+        replace(old, new)
+        if left == 0:
+            raise Killed
 
-    attempt, status, whole = 0, 130, trained(module)
-    with mock.patch.object(common, "save_checkpoint", save_and_die):
-        while status == 130 and attempt < 20:
-            attempt += 1
-            status, _, err = call(module, "--data-root", scenes, *FLAGS[module], "--out", "run", "--resume", "--workers", int(attempt == 3))
-    assert status == 0 and attempt > 4, err
+    while status is None and attempt < 40:
+        attempt += 1
+        left, flags = 2 + 3 * attempt, ["--out", "run", "--resume", "--workers", int(attempt == 5)]
+        with mock.patch.object(os, "replace", replace_and_die), contextlib.suppress(Killed):
+            status, _, err = call(module, "--data-root", scenes, *FLAGS[module], *flags)
+    assert status == 0 and attempt > 5, err
     for stage in stages:
         a, b = last(Path("run", stage)), last(whole / stage)
         assert difference(a["model"], b["model"]) == 0 and a["scores"]["iou"] == b["scores"]["iou"]
-        logs = [[{k: v for k, v in r.items() if "loss" in k or k in ("iter", "lr")} for r in records(Path(f, stage))] for f in ("run", whole)]
-        assert logs[0] == logs[1]
+        assert numbers(Path("run", stage)) == numbers(whole / stage)
+    content = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.suffix in (".png", ".csv", ".txt", ".json")} for f in (Path("run"), whole)]
+    assert content[0].keys() == content[1].keys() and not [p for p in Path("run").rglob("*") if p.suffix == ".tmp"]
+    ours = [p for p in content[0] if "trainids" not in p.name and "labels" not in p.parts]  # these hold the digest of a checkpoint
+    assert all(content[0][p] == content[1][p] for p in ours)
 
 
 def test_a_run_is_not_overwritten(trained, scenes):
@@ -1084,7 +1103,164 @@ def test_a_refusal_is_one_line_and_writes_nothing(scenes, tmp_path):
     assert done.returncode == 2 and "--stage 2" in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- 13 the README's commands
+# ---------------------------------------------------------------- 13 speed: processes, batches, precision, memory
+
+
+def stage1(scenes, init, out, *flags):
+    """Losses of a few iterations of stage 1 from given weights, and the weights afterwards."""
+    more = ["--stage", 1, "--init", init, "--warmup-iters", 0, "--eval-every", 0, "--out", out, *flags]
+    succeed(intrada, "--data-root", scenes, *INTRADA, *more)
+    return losses(Path(out, "stage1")), last(Path(out, "stage1"))
+
+
+def losses(folder):
+    return [[v for k, v in r.items() if k.startswith("loss_")] for r in records(folder)]
+
+
+@pytest.fixture(scope="session")
+def warm(scenes, tmp_path_factory):
+    """Weights whose running statistics fit the scenes."""
+    out = tmp_path_factory.mktemp("warm")
+    succeed(intrada, "--data-root", scenes, *INTRADA, "--stage", 1, "--warmup-iters", 40, "--stop-iters", 1, "--eval-every", 0, "--out", out)
+    return out / "warmup/last.pth"
+
+
+@BOTH
+def test_two_processes_follow_one(module, stages, scenes, warm, tmp_path):
+    """torchrun with batch 1 on each of two processes, against batch 2 on one: losses, weights, EMA, labels, scores."""
+    flags = ["--data-root", scenes, *FLAGS[module], "--init", warm, "--warmup-iters", 0, "--bn", "running"]
+    flags += ["--stop-iters", 5] if module is intrada else ["--rounds", 1, "--round-iters", 5]
+    succeed(module, *flags, "--out", "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, HERE / f"{module.__name__}.py"]
+    command = [*map(str, torchrun), *map(str, flags), "--out", "two", "--batch-size", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("mIoU 19") == 1, done.stderr
+    for stage in stages[1:]:
+        a, b = last(Path("one", stage)), last(Path("two", stage))
+        parts = ["model", "discriminators"] if module is intrada else ["model", "ema_source", "ema_target"]
+        assert all(difference(a[part], b[part]) < 1e-4 for part in parts)
+        assert np.allclose(losses(Path("one", stage)), losses(Path("two", stage)), rtol=1e-4, atol=1e-4) and len(losses(Path("two", stage))) == 5
+        assert a["scores"]["miou19"] == pytest.approx(b["scores"]["miou19"], abs=0.1)
+    for one in Path("one").rglob("*.png"):
+        assert np.abs(np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(str(one).replace("one", "two", 1)))).mean() < 0.5
+    if module is intrada:
+        assert [r["name"] for r in ranking("one/stage2")] == [r["name"] for r in ranking("two/stage2")]
+
+
+def test_two_batches_per_step_are_one_of_twice_the_size(scenes, warm):
+    a, b = (stage1(scenes, warm, out, "--bn", "running", *flags) for out, flags in (("one", ()), ("two", ("--batch-size", 1, "--grad-accum", 2))))
+    assert np.allclose(a[0], b[0], rtol=1e-5) and difference(a[1]["model"], b[1]["model"]) < 1e-5
+    succeed(bcl, "--data-root", scenes, *BCL, "--init", warm, "--warmup-iters", 0, "--rounds", 1, "--batch-size", 1, "--grad-accum", 2, "--out", "three")
+    assert len(losses("three")) == 3 and np.isfinite(losses("three")).all()
+
+
+def test_checkpointed_activations_change_memory_alone(scenes, warm):
+    a, b = (stage1(scenes, warm, out, flag) for out, flag in (("one", "--no-checkpoint-activations"), ("two", "--checkpoint-activations")))
+    assert a[0] == b[0] and difference(a[1]["model"], b[1]["model"]) == 0  # running statistics moved once, too
+    kept = []
+    for switch in (False, True):
+        net, sizes = common.DeepLabV2(19, **NETWORK), []
+        net.checkpoint_activations = switch
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            net(torch.randn(1, 3, 256, 256))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_bfloat16_follows_float32(scenes, warm):
+    flags = ["--max-iters", 30, "--stop-iters", 20]
+    (a, state), (b, _) = (stage1(scenes, warm, out, flag, *flags) for out, flag in (("one", "--no-amp"), ("two", "--amp")))
+    assert len(a) == 20 and a != b and np.allclose(a, b, rtol=0.02) and all(p.dtype != torch.bfloat16 for p in state["model"].values())
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_follows_eager(scenes, warm):
+    (a, one) = stage1(scenes, warm, "one", "--no-compile")
+    with mock.patch.object(torch.nn.Module, "compile", autospec=True, side_effect=torch.nn.Module.compile) as compiled:
+        (b, two) = stage1(scenes, warm, "two", "--compile")
+    assert compiled.called and np.allclose(a, b, rtol=1e-4) and difference(one["model"], two["model"]) < 1e-4  # and the same names
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", ["--no-amp", "--amp", "--amp --compile", "--amp --checkpoint-activations"])
+def test_cuda_follows_the_cpu(flags, scenes, warm):
+    a, b = stage1(scenes, warm, "cpu"), stage1(scenes, warm, "cuda", "--device", "cuda", *flags.split())
+    assert np.allclose(a[0], b[0], rtol=0.03) and records("cuda/stage1")[-1]["peak_memory_mb"] < 1000
+    succeed(bcl, "--data-root", scenes, *BCL, "--rounds", 1, "--out", "bcl", "--device", "cuda", *flags.split())
+    assert np.isfinite(losses("bcl")).all()
+
+
+def test_speed_is_in_the_log(trained):
+    flops = records(trained(intrada) / "stage1", "flops")
+    assert [r["iter"] for r in flops] == [1] and all(r["tflops"] == pytest.approx(r["it_per_s"] * flops[0]["flops_per_iteration"] / 1e12)
+        and 0 <= r["data_seconds"] <= r["seconds"] and r["peak_memory_mb"] > 50 for r in records(trained(intrada) / "stage1"))  # fmt: skip
+    net, (a, b) = common.DeepLabV2(19, **NETWORK), torch.randn(2, 2, 3, 64, 64)
+    with common.FlopCounterMode(display=False) as counter:
+        for image in (a, b):
+            (net(image).main.sum() + net(image).aux.sum()).backward()
+    assert counter.get_total_flops() / 2 < flops[0]["flops_per_iteration"] < 3 * counter.get_total_flops()
+
+
+# ---------------------------------------------------------------- 14 dependable: signals, numbers, snapshots, full disks
+
+
+def start(*command, cwd):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+LONG = "--stage 1 --warmup-iters 0 --eval-every 0 --max-iters 100000 --stop-iters 100000 --save-every 100000 --out run".split()
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_first(number, processes, scenes, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
+    running = start(*torchrun, HERE / "intrada.py", "--data-root", scenes, *INTRADA, *LONG, cwd=tmp_path)
+    while "stage1 5/" not in running.stdout.readline():
+        assert running.poll() is None, running.stderr.read()
+    target = running.pid
+    if processes == 2:  # one of the two that train
+        children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f"\nPPid:\t{running.pid}\n" in (p / "status").read_text()]
+        target = max(children)
+    os.kill(target, number)
+    _, err = running.communicate(timeout=60)
+    assert "--resume" in err and (running.returncode == 128 + number if processes == 1 else running.returncode != 0)
+    assert last("run/stage1")["iter"] == records("run/stage1")[-1]["iter"] >= 5
+
+
+def test_a_loss_that_is_not_finite_is_named(scenes, monkeypatch):
+    real, seen = intrada.domain_loss, []
+
+    def broken(logits, domain):
+        seen.append(domain)
+        return real(logits, domain) * (math.nan if len(seen) == 4 * 6 + 1 else 1)  # 6 calls an iteration; the fifth iteration
+
+    monkeypatch.setattr(intrada, "domain_loss", broken)
+    flags = [*INTRADA, "--stage", 1, "--warmup-iters", 0, "--max-iters", 9, "--stop-iters", 9, "--log-every", 8, "--save-every", 4, "--eval-every", 0]
+    status, _, err = call(intrada, "--data-root", scenes, *flags, "--out", "run", "--seed", 3)
+    order = [intrada.common.EndlessSampler(n, seed, 4, 5, 2) for n, seed in ((8, 3), (10, 4))]
+    names = [list(images)[i] for images, order in zip((common.list_images("gta5", scenes / "GTA5"), common.list_images("cityscapes", scenes / "Cityscapes")), order) for _, i in order]
+    assert status == 2 and "loss_adv_main is nan at iteration 5" in err and all(name in err for name in names)
+    assert last("run/stage1")["iter"] == 4  # from before
+
+
+def test_killed_while_evaluating(scenes, monkeypatch):
+    flags = ["--data-root", scenes, *INTRADA, "--stage", 1, "--warmup-iters", 0, "--out"]
+    succeed(intrada, *flags, "whole")
+    with mock.patch.object(common, "scores", mock.Mock(side_effect=Killed)), contextlib.suppress(Killed):
+        call(intrada, *flags, "run")
+    assert last("run/stage1")["iter"] == 3 and not records("run/stage1", "evaluation")  # saved before
+    succeed(intrada, *flags, "run", "--resume")
+    assert numbers("run/stage1") == numbers("whole/stage1") and difference(last("run/stage1")["model"], last("whole/stage1")["model"]) == 0
+
+
+def test_older_snapshots_are_kept(scenes):
+    flags = [*INTRADA, "--stage", 1, "--warmup-iters", 0, "--max-iters", 9, "--stop-iters", 9, "--eval-every", 0, "--out", "run"]
+    succeed(intrada, "--data-root", scenes, *flags, "--keep", 2)  # saves after 2, 4, 6, 8 and 9
+    assert [p.name for p in sorted(Path("run/stage1").glob("iter*"))] == ["iter0000006.pth", "iter0000008.pth"]
+    assert [last("run/stage1", name)["iter"] for name in ("iter0000006.pth", "iter0000008.pth", "last.pth")] == [6, 8, 9]
+
+
+# ---------------------------------------------------------------- 15 the README's commands
 
 
 def test_commands_of_the_readme_parse(monkeypatch):
