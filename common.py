@@ -796,7 +796,8 @@ class Labelled(Images):
                 f" this folder; are they colour-coded, trainIds, 16 bits flattened to 8, or no {self.kind} labels?"
             )
         # Of trainIds taken for ids, road to sky vanish and sign, vegetation to car turn into what has ids up to 18.
-        if LAYOUTS[self.kind].ids is CITYSCAPES_IDS and np.mean(known) < 0.7 and max(y[y != IGNORE].max() for y in labels if y.min() < IGNORE) < 6:
+        highest = max(label[label != IGNORE].max(initial=0) for label in labels)
+        if LAYOUTS[self.kind].ids is CITYSCAPES_IDS and np.mean(known) < 0.7 and highest < CLASSES.index("traffic light"):
             raise UserError(f"{self.label_paths[0]}: no id above 18 in this and other labels, they look like trainIds: bring label ids")
 
 
@@ -975,7 +976,8 @@ def check_data(title: str, dataset: Images, workers: int) -> tuple:
 
     Memory does not grow with the number of files, but with that of distinct image sizes.
     """
-    seen, first, pixels = {key: Counter() for key in ("size", "encoding", "odd", "error")}, {"odd": [], "error": []}, np.zeros(256, np.int64)
+    seen, first = {key: Counter() for key in ("size", "encoding", "odd", "error")}, {"odd": [], "error": []}
+    pixels = np.zeros(256, np.int64)
     live, shown = sys.stdout.isatty(), 0.0
     loader = DataLoader(Inspection(dataset), batch_size=None, num_workers=max(1, workers), worker_init_fn=leave_signals)
     for i, note in enumerate(loader):
@@ -1038,10 +1040,10 @@ def check(args, datasets: dict, model: DeepLabV2, files: float):
     if args.init not in ("none", "imagenet"):
         attempt(lambda: print(f"--init {args.init}: {load_weights(model, initial_weights(args.init))}"))
     folder, present = nearest_folder(args.out), sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    lacking = files - present - shutil.disk_usage(folder).free
-    print(f"disk: the run writes up to {files / 1e9:.2f} GB, {present / 1e9:.2f} are there; {folder} has {(files - present - lacking) / 1e9:.2f} free")
-    if lacking > 0:
-        problems.append(f"--out {args.out} lacks {lacking / 1e9:.2f} GB: free the disk or choose another folder")
+    free = shutil.disk_usage(folder).free
+    print(f"disk: the run writes up to {files / 1e9:.2f} GB, {present / 1e9:.2f} are there; {folder} has {free / 1e9:.2f} free")
+    if files - present > free:
+        problems.append(f"--out {args.out} lacks {(files - present - free) / 1e9:.2f} GB: free the disk or choose another folder")
     if problems:
         found = len(problems) + more
         raise UserError(f"--check found {found} problem{'s' * (found > 1)}, the first: {problems[0]}")

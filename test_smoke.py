@@ -1071,7 +1071,11 @@ def test_check(broken, monkeypatch):
     assert not Path("run").exists() and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("change", [lambda t: t[: len(t) // 2], lambda t: t.replace("easy", "esay", 1), lambda t: t.replace("split", "part"), lambda t: t + t[-60:], lambda t: "\0"])
+DAMAGES = {"cut": lambda t: t[: len(t) // 2], "word": lambda t: t.replace("easy", "esay", 1), "header": lambda t: t.replace("split", "part"),
+           "more": lambda t: t + t[-60:], "zeros": lambda t: "\0" * 40}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_ranking(change, trained, scenes):
     ranking = Path(shutil.copytree(trained(intrada) / "stage2", "run/stage2")) / "ranking.csv"
     ranking.write_text(change(ranking.read_text()))
@@ -1092,7 +1096,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained, scenes):
 
 
 def test_out_of_memory_is_one_sentence(scenes):
-    for error, remedy in ((MemoryError(), "--batch-size"), (torch.cuda.OutOfMemoryError("CUDA out of memory"), "--amp"), (RuntimeError("DefaultCPUAllocator: can't allocate"), "--workers")):
+    cuda, cpu = torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate")
+    for error, remedy in ((MemoryError(), "--batch-size"), (cuda, "--amp"), (cpu, "--workers")):
         with mock.patch.object(common, "list_images", side_effect=error):
             expect_refusal(intrada, ["--data-root", scenes, *INTRADA], remedy)
     assert common.as_sentence(RuntimeError("a bug")) is None
