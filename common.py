@@ -156,9 +156,9 @@ def write_png(path, array: np.ndarray, palette=None, text=None):
 def png_text(path) -> dict:
     """The texts inside a PNG, read without decoding it; {} for a file that is missing or no PNG."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):
         return {}
 
 
@@ -1121,7 +1121,8 @@ def save_checkpoint(path, model: DeepLabV2, **state):
         with atomic_write(path) as file:
             torch.save(content, file)
     except RuntimeError as error:  # torch's writer turns a full disk into a RuntimeError
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free the disk or choose another --out")
+        reason = "the disk may be full" if "enforce fail" in str(error) else str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}): free the disk or choose another --out")
 
 
 class StopSignal:
@@ -1172,20 +1173,19 @@ class RunLog:
             return
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
                     if keep(json.loads(line)):
                         kept.append(line)
         write_text(path, "".join(line + "\n" for line in kept or [json.dumps({**versions(), **header}, default=str)]))
-        self.file = open(path, "a")
+        with writing(self.path):
+            self.file = open(path, "a")
 
     def write(self, **record):
         if self.file:
-            try:
+            with writing(self.path):
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
-            except OSError as error:
-                raise UserError(f"cannot write {self.path} ({error.strerror}): free the disk, then --resume")
 
     def show(self, text: str, last: bool = False):
         print(f"\r\033[K{text}" if self.live else text, end="\n" if last or not self.live else "", flush=True)
@@ -1214,7 +1214,8 @@ def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool
     if not last.exists():
         return None
     state = read_checkpoint(last)
-    if state.get("format") != FORMAT or not {"config", "iter", "best", "scores", "model"} <= state.keys():
+    kinds = {"config": dict, "iter": int, "best": (int, float), "model": dict}
+    if state.get("format") != FORMAT or "scores" not in state or not all(isinstance(state.get(k), t) for k, t in kinds.items()):
         raise UserError(f"{last} is not a training checkpoint of this project: use another --out, or --overwrite")
     changed = [key for key in config if state["config"].get(key) != config[key]]
     if changed:
@@ -1253,6 +1254,9 @@ class Run:
                 model.load_state_dict(state["model"])
                 for key, part in parts.items():
                     part.load_state_dict(state[key])
+                    for p, kept in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                        if any(isinstance(v, Tensor) and v.dim() and v.shape != p.shape for v in kept.values()):
+                            raise ValueError(f"{key} is of other shapes")
             except (RuntimeError, KeyError, ValueError, TypeError) as error:
                 raise UserError(f"{self.folder / 'last.pth'} does not fit this run ({str(error).splitlines()[0]}): --overwrite starts over")
         header = {"event": "start", "stage": name, "about": about, "args": vars(args)}
@@ -1398,12 +1402,14 @@ def validation_set(kind: str, root, num_classes: int, size):
 def demo_scenes(source: str) -> Path:
     """The folder of built-in scenes with this source domain; drawn on first use (some 10 s)."""
     root = Path("data/scenes" if source == "gta5" else f"data/scenes-{source}")
-    if not root.exists():
+    if not root.exists() and rank() == 0:
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
         try:
-            write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
-        except OSError as error:
-            raise UserError(f"cannot draw the scenes into {root} ({error.strerror or error}): run in a folder with free space")
+            with writing(root):
+                write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
+        finally:  # also of a full disk or Ctrl-C
+            shutil.rmtree(root.with_name(f"{root.name}.{os.getpid()}.partial"), ignore_errors=True)
+    wait_for_ranks()
     return root
 
 

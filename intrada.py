@@ -499,8 +499,9 @@ def rank(args, checkpoint: Path, images: dict):
         writer.writerow(["name", "entropy", "normalized_entropy", "split"])
         writer.writerows([name, *entropies[name], "easy" if i < easy else "hard"] for i, name in enumerate(names))
         ranking = folder / "ranking.csv"
-        if not ranking.exists() or ranking.read_text() != table.getvalue():
-            if ranking.exists():
+        known = ranking.read_text(errors="replace") if ranking.exists() else ""
+        if known != table.getvalue() or not all((folder / "labels" / f"{name}.png").exists() for name in names[:easy]):
+            if known:
                 print(f"stage 2: replacing the split in {folder}")
             ranking.unlink(missing_ok=True)  # absent while the rest is being replaced
             for kind, source in (("labels", "trainids"), ("colour", "colour")):
@@ -544,7 +545,7 @@ def read_split(args, images: dict) -> tuple:
     pairs = {name: (images[name], folder / "labels" / f"{name}.png") for name in easy}
     missing = [label for _, label in pairs.values() if not label.is_file()]
     if missing:
-        raise UserError(f"{len(missing)} pseudo labels are missing, first {missing[0]}: remove {ranking} and run --stage 2 again")
+        raise UserError(f"{len(missing)} pseudo labels are missing, first {missing[0]}: run --stage 2 again")
     return pairs, {name: images[name] for name, split in splits.items() if split == "hard"}
 
 
