@@ -5,13 +5,14 @@ Conventions: sizes are (W, H); tensors are (B, C, H, W); labels are trainIds 0..
 uint8 RGB and become float BGR minus the mean in `normalize`, on the device.
 
 Contents   1 errors and files   2 classes   3 network   4 weight files   5 readers   6 sampling
-           7 evaluation         8 runs: device, checkpoints, log   9 built-in street scenes
+           7 evaluation         8 runs: device, checkpoints, log   9 pictures   10 built-in street scenes
 """
 
 import colorsys
 import contextlib
 import copy
 import json
+import math
 import os
 import pickle
 import random
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.models.resnet import Bottleneck
@@ -89,19 +90,6 @@ def write_png(path, array: np.ndarray, palette=None):
         image.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).astype(np.uint8).tobytes())
     with atomic_write(path) as file:
         image.save(file, format="PNG")
-
-
-def write_grid(path, titles: list, rows: list, width: int = 256):
-    """A PNG of pictures (H,W,3) uint8 in rows, one title over each column; every picture is scaled to `width` pixels."""
-    pictures = [[Image.fromarray(p).resize((width, round(width * p.shape[0] / p.shape[1]))) for p in row] for row in rows]
-    gap, head = 4, 18
-    heights = [max(picture.height for picture in row) + gap for row in pictures]
-    sheet = Image.new("RGB", (len(titles) * (width + gap) - gap, head + sum(heights) - gap), "white")
-    for c, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((c * (width + gap) + 3, 3), title, fill="black")
-        for r, row in enumerate(pictures):
-            sheet.paste(row[c], (c * (width + gap), head + sum(heights[:r])))
-    write_png(path, np.asarray(sheet))
 
 
 # ---------------------------------------------------------------- 2 classes
@@ -1038,7 +1026,215 @@ def validation_set(kind: str, root, num_classes: int, size):
     return Labelled(list_pairs(kind, root, "val"), kind, num_classes, size, native_labels=True)
 
 
-# ---------------------------------------------------------------- 9 built-in street scenes
+# ---------------------------------------------------------------- 9 pictures
+
+GREY, LIGHT = (90, 90, 90), (225, 225, 225)
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 170, 190), (140, 86, 75), (227, 119, 194))
+
+
+def font(size: int = 13):
+    return ImageFont.load_default(size)
+
+
+def legend(entries: list, width: int) -> np.ndarray:
+    """Coloured boxes with names, [(name, RGB)], in as many rows as `width` needs: (H, width, 3) uint8."""
+    places, x, y = [], 6, 4
+    for name, _ in entries:
+        needed = round(font().getlength(name)) + 32
+        x, y = (6, y + 20) if x > 6 and x + needed > width else (x, y)
+        places.append((x, y))
+        x += needed
+    sheet = Image.new("RGB", (width, y + 20), "white")
+    pen = ImageDraw.Draw(sheet)
+    for (name, rgb), (x, y) in zip(entries, places):
+        pen.rectangle((x, y, x + 12, y + 12), tuple(map(int, rgb)), GREY)
+        pen.text((x + 17, y + 6), name, "black", font(), anchor="lm")
+    return np.asarray(sheet)
+
+
+def class_legend(num_classes: int, width: int) -> np.ndarray:
+    return legend([*zip(class_names(num_classes), palette_for(num_classes)), ("no label", (0, 0, 0))], width)
+
+
+def stack(pictures: list) -> np.ndarray:
+    """Pictures (H,W,3) uint8 below each other, white where one is narrower."""
+    width = max(p.shape[1] for p in pictures)
+    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures])
+
+
+def write_grid(path, titles: list, rows: list, width: int = 256, num_classes: int = 0):
+    """A PNG of pictures (H,W,3) uint8 in rows, one title over each column, every picture scaled to `width` pixels; with
+    num_classes the classes' colours stand below. Columns are as wide as their titles need."""
+    width = max(width, *(round(font().getlength(title)) + 8 for title in titles))
+    pictures = [[Image.fromarray(p).resize((width, round(width * p.shape[0] / p.shape[1]))) for p in row] for row in rows]
+    gap, head = 4, 22
+    heights = [max(picture.height for picture in row) + gap for row in pictures]
+    sheet = Image.new("RGB", (len(titles) * (width + gap) - gap, head + sum(heights)), "white")
+    for c, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((c * (width + gap) + 4, head // 2), title, "black", font(), anchor="lm")
+        for r, row in enumerate(pictures):
+            sheet.paste(row[c], (c * (width + gap), head + sum(heights[:r])))
+    write_png(path, stack([np.asarray(sheet), *([class_legend(num_classes, sheet.width)] if num_classes else [])]))
+
+
+def grey(map: Tensor) -> np.ndarray:
+    """(H,W) values in 0..1 to uint8 0..255."""
+    return map.mul(255).round().byte().cpu().numpy()
+
+
+def predict_with(maps, size: tuple, entropy) -> tuple:
+    """(prediction (H,W) uint8, normalised entropy (H,W) in 0..1 as uint8 0..255) of one image's logits at size (W,H).
+    entropy: logits (1,C,h,w) to maps (1,C,h,w) whose sum over C is the entropy, `intrada.self_information`."""
+    rows = []
+    prediction = predict_labels(maps, size, lambda block: rows.append(grey(entropy(block)[0].sum(0).clamp(0, 1))))
+    return prediction.cpu().numpy(), np.concatenate(rows)
+
+
+@torch.inference_mode()
+def write_panel(path, model: DeepLabV2, dataset: Labelled, names: list, device, entropy):
+    """One PNG with a row for each named image of the dataset: image, ground truth, prediction, entropy. The model stays as
+    it is; `entropy` as in `predict_with`."""
+    model, rows = inference_copy(model), []
+    for index in map(dataset.names.index, names):
+        image, label = dataset.open(index)
+        maps = predict_maps([model], dataset[index]["image"][None].to(device))
+        prediction, certainty = predict_with(maps, label.size, entropy)
+        coloured = (colour(y, model.num_classes) for y in (np.asarray(label), prediction))
+        rows.append([np.asarray(image), *coloured, np.repeat(certainty[..., None], 3, 2)])
+    write_grid(path, ["image", "ground truth", "prediction", "entropy (black 0, white 1)"], rows, num_classes=model.num_classes)
+
+
+class Series(NamedTuple):
+    """What `chart` draws. kind "line" or "bar" (from 0, `width` wide): x, y are numbers; "dot" and "cross": points of
+    `width` pixels; "hbar": values y from the left at rows x, with whiskers of length `error` to both sides."""
+
+    name: str  # in the legend; empty: left out of it
+    kind: str
+    x: list
+    y: list
+    rgb: tuple
+    width: float = 2
+    error: list = ()
+
+
+def chart(title: str, x_name: str, y_name: str, series: list, size=(900, 360), log=False, rows=(), ticks=True) -> np.ndarray:
+    """A plot as (H,W,3) uint8: box, grid, ticks, names, legend below. log: of the y axis; values that are not positive are
+    left out. rows: texts along the y axis in place of numbers, the first at the top. ticks=False: an axis without units."""
+    def nice(low, high):  # 4 to 8 round numbers, or for a logarithmic axis powers of ten times 1, 2, 5
+        if high - low <= 0:
+            return [low]
+        step = next(s for e in range(-9, 12) for s in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if (high - low) / s <= 7)
+        return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+    swap, pairs = any(s.kind == "hbar" for s in series), [p for s in series for p in zip(s.x, s.y) if not log or p[1] > 0]
+    errors = [e for s in series for e in s.error] or [0]
+    xs, ys = (np.array([p[i] for p in pairs] or [0.0, 1.0], float) for i in (0, 1))
+    (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys.min(), ys.max())
+    if swap:
+        x0, x1, y0, y1 = 0, 1.05 * (y1 + max(errors)), len(rows) - 0.5, -0.5
+    elif log:
+        y0, y1 = y0 / 1.2, y1 * 1.2
+    else:
+        bars = [s.width / 2 for s in series if s.kind == "bar"]
+        x0, x1 = (x0 - max(bars), x1 + max(bars)) if bars else (x0 - 0.02 * (x1 - x0 or 1), x1 + 0.02 * (x1 - x0 or 1))
+        y0, y1 = 0 if bars else y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
+    decades = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)] if log else []
+    y_ticks = list(range(len(rows))) if rows else [v for v in decades if y0 <= v <= y1] if log else nice(y0, y1) if ticks else []
+    x_ticks = nice(x0, x1) if ticks else []
+    y_texts = list(rows) or [f"{v:.6g}" for v in y_ticks]
+    left = 14 + 20 * bool(y_name) + max([round(font().getlength(text)) for text in y_texts] or [0])
+    right, top, bottom = size[0] - 24, 34, size[1] - (52 if ticks else 32)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def at(x, y):
+        f = math.log if log else float
+        return left + (right - left) * (x - x0) / (x1 - x0 or 1), bottom - (bottom - top) * (f(y) - f(y0)) / (f(y1) - f(y0) or 1)
+
+    for v in x_ticks:
+        pen.line((at(v, y0), at(v, y1)), LIGHT)
+        pen.text((at(v, y0)[0], bottom + 5), f"{v:.6g}", "black", font(), anchor="mt")
+    for v, text in zip(y_ticks, y_texts):
+        pen.line((at(x0, v), at(x1, v)), LIGHT)
+        pen.text((left - 6, at(x0, v)[1]), text, "black", font(), anchor="rm")
+    for s in series:
+        points = [at(x, y) for x, y in zip(s.x, s.y) if not log or y > 0] if s.kind != "hbar" else []
+        if s.kind == "line":
+            pen.line(points, s.rgb, round(s.width), joint="curve")
+        for x, y in points if s.kind == "dot" else ():
+            pen.ellipse((x - s.width, y - s.width, x + s.width, y + s.width), s.rgb, "black" if s.width > 5 else None)
+        for x, y in points if s.kind == "cross" else ():
+            for slope in (-1, 1):
+                for rgb, wide in ((("black", 6), (s.rgb, 3)) if s.width > 5 else ((s.rgb, 1),)):
+                    pen.line((x - s.width, y - slope * s.width, x + s.width, y + slope * s.width), rgb, wide)
+        for x, y in zip(s.x, s.y) if s.kind == "bar" else ():
+            pen.rectangle((at(x - s.width / 2, y), (at(x + s.width / 2, y)[0] - 1, bottom)), s.rgb)
+        for row, value, error in zip(s.x, s.y, s.error) if s.kind == "hbar" else ():
+            (x, y), half = at(value, row), s.width / 2 * (bottom - top) / len(rows)
+            pen.rectangle((left, y - half, x, y + half), s.rgb)
+            low, high = at(value - error, row)[0], at(value + error, row)[0]
+            pen.line((low, y, high, y), "black", 2)
+            for end in (low, high):
+                pen.line((end, y - 4, end, y + 4), "black", 2)
+    pen.rectangle((left, top, right, bottom), None, GREY)
+    pen.text((left, 17), title, "black", font(15), anchor="lm")
+    pen.text(((left + right) / 2, size[1] - 14), x_name, "black", font(), anchor="mm")
+    if y_name:
+        text = Image.new("L", (round(font().getlength(y_name)) + 4, 18))
+        ImageDraw.Draw(text).text((2, 9), y_name, 255, font(), anchor="lm")
+        text = text.rotate(90, expand=True)
+        sheet.paste("black", (4, (top + bottom - text.height) // 2), text)
+    named = [(s.name, s.rgb) for s in series if s.name]
+    return stack([np.asarray(sheet), legend(named, size[0])]) if named else np.asarray(sheet)
+
+
+def read_log(path) -> tuple:
+    """(header, iteration records, evaluations) of a run's log.jsonl; a UserError if it is none."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        if lines and lines[0].get("event") == "start" and "args" in lines[0]:
+            return lines[0], [r for r in lines if "event" not in r], [r for r in lines if r.get("event") == "evaluation"]
+    except FileNotFoundError:
+        raise UserError(f"no log at {path}: check the path")
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} is not a log.jsonl of a training run: name one that intrada.py or bcl.py wrote")
+
+
+def write_curves(path, log_path):
+    """One PNG of a run from its log.jsonl: loss terms over iterations, smoothed, and mIoU with the best so far (oracle)."""
+    header, records, evaluations = read_log(log_path)
+    window, losses = max(1, len(records) // 20), []
+    for name in dict.fromkeys(key for r in records for key in r if key.startswith("loss")):
+        x, y = np.array([(r["iter"], r[name]) for r in records if r.get(name) is not None] or np.zeros((0, 2)), float).T
+        kernel = np.ones(window)
+        y = np.convolve(y, kernel, "same") / np.convolve(np.ones_like(y), kernel, "same") if len(y) >= window else y
+        if (y > 0).any():
+            losses.append(Series(name.removeprefix("loss_"), "line", x, y, COLOURS[len(losses) % len(COLOURS)]))
+    note = f", mean of {window} records" if window > 1 else ""
+    pictures = [chart(f"{header['stage']}: loss terms{note}", "iteration", "loss (logarithmic)", losses, log=True)]
+    if evaluations:
+        key, x = next(k for k in evaluations[0] if k.startswith("miou")), [r["iter"] for r in evaluations]
+        best = np.maximum.accumulate([r[key] or 0 for r in evaluations])
+        lines = [Series("best so far (oracle)", "line", x, best, (170, 170, 170), 2)]
+        lines += [Series(s, kind, x, [r[key] or 0 for r in evaluations], COLOURS[0], 3) for s, kind in (("", "line"), (key.replace("miou", "mIoU "), "dot"))]
+        last = evaluations[-1][key] or 0
+        title = f"{header['stage']}: mIoU on {evaluations[-1]['images']} validation images, last {last:.1f}, best {best[-1]:.1f}"
+        pictures.append(chart(title, "iteration", "percent", lines))
+    write_png(path, stack(pictures))
+
+
+def write_histogram(path, groups: dict, title: str, x_name: str, bins: int = 30):
+    """One PNG: how many of each group's values {name: values} lie in each of `bins` intervals, stacked."""
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in groups.values()]), bins)
+    total, series, middle, width = 0, [], (edges[1:] + edges[:-1]) / 2, 0.92 * (edges[1] - edges[0])
+    for (name, values), rgb in zip(groups.items(), COLOURS):
+        total = total + np.histogram(values, edges)[0]
+        series.insert(0, Series(f"{name} ({len(values)})", "bar", middle, total, rgb, width))  # the highest is drawn first
+    write_png(path, chart(title, x_name, "images", series))
+
+
+# ---------------------------------------------------------------- 10 built-in street scenes
 
 
 def demo_scenes(source: str) -> Path:
