@@ -1131,7 +1131,7 @@ def chart(title: str, x_name: str, y_name: str, series: list, size=(900, 360), l
     xs, ys = (np.array([p[i] for p in pairs] or [0.0, 1.0], float) for i in (0, 1))
     (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys.min(), ys.max())
     if swap:
-        x0, x1, y0, y1 = 0, 1.05 * (y1 + max(errors)), len(rows) - 0.5, -0.5
+        x0, x1, y0, y1 = 0, 1.12 * (y1 + max(errors)), len(rows) - 0.5, -0.5
     elif log:
         y0, y1 = y0 / 1.2, y1 * 1.2
     else:
@@ -1143,6 +1143,7 @@ def chart(title: str, x_name: str, y_name: str, series: list, size=(900, 360), l
     x_ticks = nice(x0, x1) if ticks else []
     y_texts = list(rows) or [f"{v:.6g}" for v in y_ticks]
     left = 14 + 20 * bool(y_name) + max([round(font().getlength(text)) for text in y_texts] or [0])
+    size = (round(max(size[0], left + 500, font(15).getlength(title) + 16)), size[1])  # nothing is cut: wider where texts need it
     right, top, bottom = size[0] - 24, 34, size[1] - (52 if ticks else 32)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
@@ -1176,8 +1177,9 @@ def chart(title: str, x_name: str, y_name: str, series: list, size=(900, 360), l
             pen.line((low, y, high, y), "black", 2)
             for end in (low, high):
                 pen.line((end, y - 4, end, y + 4), "black", 2)
+            pen.text((high + 6, y), f"{value:.1f}", "black", font(), anchor="lm")
     pen.rectangle((left, top, right, bottom), None, GREY)
-    pen.text((left, 17), title, "black", font(15), anchor="lm")
+    pen.text((min(left, size[0] - font(15).getlength(title) - 8), 17), title, "black", font(15), anchor="lm")
     pen.text(((left + right) / 2, size[1] - 14), x_name, "black", font(), anchor="mm")
     if y_name:
         text = Image.new("L", (round(font().getlength(y_name)) + 4, 18))

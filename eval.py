@@ -414,6 +414,8 @@ def group_runs(paths: list) -> list:
     if skipped:
         print(f"{skipped} older runs with a seed that a newer one has were left out")
     order = sorted(groups, key=lambda key: min(place for place, _ in groups[key].values()))
+    stages = list(dict.fromkeys(stage for stage, _ in order))
+    order.sort(key=lambda key: stages.index(key[0]))  # as named, but the rows of a stage together
     settings, rows = {key: json.loads(key[1]) for key in order}, []
     for key in order:
         peers, differing = [settings[other] for other in order if other[0] == key[0]], {}
