@@ -1128,7 +1128,7 @@ def chart(title: str, x_name: str, y_name: str, series: list, size=(900, 360), l
 
     swap, pairs = any(s.kind == "hbar" for s in series), [p for s in series for p in zip(s.x, s.y) if not log or p[1] > 0]
     errors = [e for s in series for e in s.error] or [0]
-    xs, ys = (np.array([p[i] for p in pairs] or [0.0, 1.0], float) for i in (0, 1))
+    xs, ys = (np.array([p[i] for p in pairs] or [0.1, 1.0], float) for i in (0, 1))
     (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys.min(), ys.max())
     if swap:
         x0, x1, y0, y1 = 0, 1.12 * (y1 + max(errors)), len(rows) - 0.5, -0.5
