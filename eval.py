@@ -4,7 +4,7 @@
     python eval.py --ckpt A.pth B.pth --data-root DIR             on Cityscapes val; two files are averaged
     python eval.py --ckpt A.pth --save-dir out --json out.json    coloured predictions, entropy maps, all numbers
     python eval.py --ckpt A.pth --images photo.jpg DIR "*.png" --save-dir out       your own images, without labels
-    python eval.py --compare runs/*/log.jsonl --save-dir out      one table over methods and seeds, and its picture
+    python eval.py --compare runs --save-dir out                  one table over methods and seeds, and its picture
     python eval.py --ckpt A.pth --features out.npz                encoder features of both domains, for t-SNE; a PCA picture
 
 Reads our checkpoints and the published kinds (AdvEnt, IntraDA, BCL release, single-level DeepLab); the architecture is
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     size_help = "network input, WxH (default: what the checkpoint was trained with, else 1024x512; --images keep their own"
     add(g, "--input-size", f"{size_help} aspect and get the same area)", type=size)
     add(g, "--flip", "average with the prediction of the mirrored image: twice the time, a little better", action="store_true")
-    scale_help = "average over these factors of the input size, say 0.75 1.0 1.25; the time grows with their squares"
+    scale_help = "average over these factors of the input size, say 0.75 1.0 1.25; does not always help, compare first"
     add(g, "--multi-scale", scale_help, nargs="+", type=number(float, 0.1, 10), default=[1.0], metavar="FACTOR")
 
     g = parser.add_argument_group("labelled images")
