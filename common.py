@@ -1219,7 +1219,8 @@ def write_curves(path, log_path):
         key, x = next(k for k in evaluations[0] if k.startswith("miou")), [r["iter"] for r in evaluations]
         best = np.maximum.accumulate([r[key] or 0 for r in evaluations])
         lines = [Series("best so far (oracle)", "line", x, best, (170, 170, 170), 2)]
-        lines += [Series(s, kind, x, [r[key] or 0 for r in evaluations], COLOURS[0], 3) for s, kind in (("", "line"), (key.replace("miou", "mIoU "), "dot"))]
+        y = [r[key] or 0 for r in evaluations]
+        lines += [Series("", "line", x, y, COLOURS[0], 3), Series(key.replace("miou", "mIoU "), "dot", x, y, COLOURS[0], 3)]
         last = evaluations[-1][key] or 0
         title = f"{header['stage']}: mIoU on {evaluations[-1]['images']} validation images, last {last:.1f}, best {best[-1]:.1f}"
         pictures.append(chart(title, "iteration", "percent", lines))

@@ -175,7 +175,8 @@ def evaluate_labelled(args, models: list, device):
     pairs = common.list_pairs(args.target, labelled_root(args, args.target, args.target_root, num_classes), args.split)
     pairs = select(pairs, args.subset) if args.subset else pairs
     dataset = common.Labelled(pairs, args.target, num_classes, largest(args, args.input_size), native_labels=True)
-    pictures, options = picture_writer(args.save_dir, num_classes) if args.save_dir else None, dict(scales=args.multi_scale, flip=args.flip)
+    pictures = picture_writer(args.save_dir, num_classes) if args.save_dir else None
+    options = {"scales": args.multi_scale, "flip": args.flip}
     result = common.evaluate(models, dataset, device, args.workers, pictures, **options)
     print(f"\nIoU in percent, {args.target} {args.split}, input {'x'.join(map(str, args.input_size))}:")
     print(common.score_table({"IoU": result}))
@@ -284,7 +285,8 @@ def segment(args, models: list, device):
             prediction, entropy = common.predict_with([m[i : i + 1] for m in maps], photo.shape[1::-1], self_information)
             coloured = common.colour(prediction, num_classes)
             overlay = (photo.astype(np.uint16) + coloured) // 2
-            for kind, picture in (("trainids", prediction), ("colour", coloured), ("overlay", overlay.astype(np.uint8)), ("entropy", entropy)):
+            pictures = {"trainids": prediction, "colour": coloured, "overlay": overlay.astype(np.uint8), "entropy": entropy}
+            for kind, picture in pictures.items():
                 common.write_png(name.with_name(f"{name.name}_{kind}.png"), picture)
             pixels += np.bincount(prediction.ravel(), minlength=num_classes)
             entropies.append(entropy.mean() / 255)
@@ -426,10 +428,12 @@ def group_runs(paths: list) -> list:
                 differing[flag] = value
         seeds, evaluations = sorted(groups[key]), [groups[key][seed][1] for seed in sorted(groups[key])]
         metric = next(name for name in evaluations[0] if name.startswith("miou"))
-        scores = {name: {**mean_std([e[k] for e in evaluations]), "values": [e[k] for e in evaluations]} for name, k in (("last", metric), ("best", "best"))}
+        values = {"last": [e[metric] for e in evaluations], "best": [e["best"] for e in evaluations]}
+        scores = {name: {**mean_std(v), "values": v} for name, v in values.items()}
         per_class = {name: mean_std([e["iou"][name] for e in evaluations]) for name in evaluations[0]["iou"]}
         label = " ".join([key[0], *(f"{flag}={value}" for flag, value in differing.items())])
-        rows.append({"label": label, "stage": key[0], "flags": settings[key], "seeds": seeds, "metric": metric, **scores, "iou": per_class})
+        row = {"label": label, "stage": key[0], "flags": settings[key], "seeds": seeds, "metric": metric}
+        rows.append({**row, **scores, "iou": per_class})
     return rows
 
 
