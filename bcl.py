@@ -273,7 +273,6 @@ def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
     a second pass over those files cuts at the thresholds. Memory does not grow with the number of images. Every file says
     inside which network and settings it is of; what is there already is not made again. Ranks share the images.
     """
-    G.eval()
     C, palette, draft, device = args.num_classes, common.palette_for(args.num_classes), folder / "draft", args.device
     digest = hashlib.sha256(str((args.target_size, args.static_ratio, len(images))).encode())
     for tensor in G.state_dict().values():
@@ -285,6 +284,7 @@ def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
 
     labels = {name: folder / "labels" / f"{name}.png" for name in images}
     if not all(map(finished, labels.values())) or not (folder / "thresholds.json").exists():
+        G = common.inference_copy(G)
         missing = {name: path for name, path in images.items() if not finished(draft / f"{name}.png")}
         common.wait_for_ranks()  # until all have looked
         for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
@@ -309,7 +309,12 @@ def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
             shutil.rmtree(draft)
         common.wait_for_ranks()
     labelled = sum(float(common.png_text(path)["labelled"]) for path in labels.values())
-    return torch.tensor(json.loads((folder / "thresholds.json").read_text())).double(), 100 * labelled / len(images)
+    return read_thresholds(folder), 100 * labelled / len(images)
+
+
+def read_thresholds(folder: Path) -> Tensor:
+    """(C,) float64 confidences of a round's static labels."""
+    return torch.tensor(json.loads((folder / "thresholds.json").read_text()), dtype=torch.float64)
 
 
 def read_draft(path) -> tuple:
@@ -325,8 +330,7 @@ def pair_labels(args, G, ema_source, ema_target, thresholds, item: dict, pair: d
     Features are taken in training mode, as in training; the running statistics that this moves are put back.
     """
     device, backup = args.device, {name: b.clone() for name, b in G.named_buffers()}
-    G.eval()
-    label, bins = predict(G, item["image"].to(device), args.target_size)
+    label, bins = predict(common.inference_copy(G), item["image"].to(device), args.target_size)
     static = choose_static(label, bins, (thresholds * BINS).to(device), args.static_ratio)
     common.set_mode(G, args.bn)
     S = G(common.normalize(pair["image"][None].to(device))).features
@@ -338,6 +342,20 @@ def pair_labels(args, G, ema_source, ema_target, thresholds, item: dict, pair: d
     for name, b in G.named_buffers():
         b.copy_(backup[name])
     return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
+
+
+def draw_labels(args, path: Path, G, ema_source, ema_target, thresholds, source, validation):
+    """The paper's figure: the labels of one target image beside two source images. Dynamic ones change with the source."""
+    item, rows = validation[0], []
+    for index in (0, len(source) // 2):
+        pair = source[0, index]
+        labels = pair_labels(args, G, ema_source, ema_target, thresholds, item, pair)
+        pictures = [pair["label"], *labels.values(), item["label"]]
+        source_label, *others = (common.colour(y.cpu().numpy(), args.num_classes) for y in pictures)
+        source_image, target_image = (x["image"].permute(1, 2, 0).numpy() for x in (pair, item))
+        rows.append([source_image, source_label, target_image, *others])
+    titles = ["source image", "its label", "target image", *labels, "ground truth"]
+    common.write_grid(path, titles, rows, 200, args.num_classes)
 
 
 @torch.no_grad()
@@ -409,13 +427,19 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     total, config = rounds * iters, training_config(args, name, rounds, iters, base_lr)
     parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}
     about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}, {batch_text(args)}"
-    run = common.Run(args, name, folder, config, total, G, parts, validation, about, args.overwrite)
-    if run.finished:
-        return run.result
-    autocast, (ce, mean_entropy) = precision_and_compiler(args, G, [segmentation_loss, entropy_loss])
     short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
     transform = augment(short_side, args.scales, crop, args.flip)
     source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
+
+    def draw(path, done):
+        thresholds = read_thresholds(folder / f"round{(done - 1) // iters}")
+        draw_labels(args, path, G, ema_source, ema_target, thresholds, source, validation)
+
+    drawing = self_information, None if warmup else draw
+    run = common.Run(args, name, folder, config, total, G, parts, validation, about, args.overwrite, *drawing)
+    if run.finished:
+        return run.result
+    autocast, (ce, mean_entropy) = precision_and_compiler(args, G, [segmentation_loss, entropy_loss])
 
     for it in range(run.start, total):
         round_, step = divmod(it, iters)
@@ -425,7 +449,7 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
-                    with run.signal.at_once():
+                    with run.signal.at_once():  # its files stay, and are found again
                         begin_round(args, run, it, round_, G, ema_source, ema_target, source, target_images, labels_folder)
                 static_pairs = {key: (image, labels_folder / "labels" / f"{key}.png") for key, image in target_images.items()}
                 target = common.Labelled(static_pairs, "folder", C, same_aspect=False, transform=transform, seed=args.seed + 1)

@@ -5,14 +5,16 @@ Conventions: sizes are (W, H); tensors are (B, C, H, W); labels are trainIds 0..
 uint8 RGB and become float BGR minus the mean in `normalize`, on the device.
 
 Contents   1 errors and files   2 classes   3 network   4 weight files   5 readers   6 sampling   7 evaluation
-           8 look before you train   9 runs: device, checkpoints, log   10 built-in street scenes
+           8 look before you train   9 runs: device, checkpoints, log   10 pictures   11 built-in street scenes
 """
 
 import colorsys
 import contextlib
+import copy
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -34,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -175,19 +177,6 @@ def link(old, new):
             file.write(Path(old).read_bytes())
 
 
-def write_grid(path, titles: list, rows: list, width: int = 256):
-    """A PNG of pictures (H,W,3) uint8 in rows, one title over each column; every picture is scaled to `width` pixels."""
-    pictures = [[Image.fromarray(p).resize((width, round(width * p.shape[0] / p.shape[1]))) for p in row] for row in rows]
-    gap, head = 4, 18
-    heights = [max(picture.height for picture in row) + gap for row in pictures]
-    sheet = Image.new("RGB", (len(titles) * (width + gap) - gap, head + sum(heights) - gap), "white")
-    for c, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((c * (width + gap) + 3, 3), title, fill="black")
-        for r, row in enumerate(pictures):
-            sheet.paste(row[c], (c * (width + gap), head + sum(heights[:r])))
-    write_png(path, np.asarray(sheet))
-
-
 # ---------------------------------------------------------------- 2 classes
 
 IGNORE = 255
@@ -251,7 +240,7 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 RGB (B,3,H,W) to the network's input: float32 BGR 0..255 minus the mean, no division."""
+    """RGB 0..255 (B,3,H,W), uint8 or float, to the network's input: float32 BGR 0..255 minus the mean, no division."""
     return images.flip(1).float() - torch.tensor(MEAN_BGR, device=images.device).view(1, 3, 1, 1)
 
 
@@ -368,24 +357,28 @@ def set_mode(model: nn.Module, bn: str):
             module.eval()
 
 
-def upsample_blocks(logits: Tensor, size: tuple, rows: int = 0):
+def upsample_blocks(maps, size: tuple, rows: int = 0):
     """Bilinear align_corners=True upsampling of logits (B,C,h,w) to size (W,H), in blocks of output rows.
 
-    Yields (first row, (B, C, rows, W)). rows=0 chooses: on the CPU few enough rows to stay in cache, so that the full
-    (C, H, W) map never exists; on CUDA all rows at once.
+    maps may be a list of such tensors, of any h and w: the mean of their upsampled versions. Yields (first row,
+    (B, C, rows, W)). rows=0 chooses: on the CPU few enough rows to stay in cache, so that the full (C, H, W) map never
+    exists; on CUDA all rows at once.
     """
-    (width, height), h = size, logits.shape[2]
-    rows = rows or (height if logits.is_cuda else 16)
-    # Output row i of H reads input row i(h-1)/(H-1) of h: mix the two neighbours here, leave x to F.interpolate.
-    position = torch.arange(height, dtype=torch.float64) * ((h - 1) / max(height - 1, 1))
-    above = position.long().clamp(max=max(h - 2, 0))
-    below = (above + 1).clamp(max=h - 1)
-    weight = (position - above).to(logits.device, logits.dtype).view(-1, 1)
-    above, below = above.to(logits.device), below.to(logits.device)
+    maps, (width, height) = [maps] if isinstance(maps, Tensor) else maps, size
+    rows, corners = rows or (height if maps[0].is_cuda else 16), []
+    for logits in maps:
+        # Output row i of H reads input row i(h-1)/(H-1) of h: mix the two neighbours here, leave x to F.interpolate.
+        h = logits.shape[2]
+        position = torch.arange(height, dtype=torch.float64) * ((h - 1) / max(height - 1, 1))
+        above = position.long().clamp(max=max(h - 2, 0))
+        weight = (position - above).to(logits.device, logits.dtype).view(-1, 1)
+        corners.append((above.to(logits.device), (above + 1).clamp(max=h - 1).to(logits.device), weight))
     for first in range(0, height, rows):
-        part = slice(first, first + rows)
-        lines = torch.lerp(logits[:, :, above[part]], logits[:, :, below[part]], weight[part])  # (B, C, rows, w)
-        yield first, F.interpolate(lines, (lines.shape[2], width), mode="bilinear", align_corners=True)
+        part, total = slice(first, first + rows), 0
+        for logits, (above, below, weight) in zip(maps, corners):
+            lines = torch.lerp(logits[:, :, above[part]], logits[:, :, below[part]], weight[part])  # (B, C, rows, w)
+            total = total + F.interpolate(lines, (lines.shape[2], width), mode="bilinear", align_corners=True)
+        yield first, total / len(maps) if len(maps) > 1 else total
 
 
 # ---------------------------------------------------------------- 4 weight files
@@ -649,8 +642,8 @@ def list_pairs(kind: str, root, split: str = "train") -> dict:
     return {name: (images[name], labels[name]) for name in images}
 
 
-def open_image(path, low_bytes: bool = False) -> Image.Image:
-    """A decoded Pillow image; a UserError that names the file if it is no PNG or JPEG, broken or absurdly large.
+def open_image(path, low_bytes: bool = False, formats=("PNG", "JPEG")) -> Image.Image:
+    """A decoded Pillow image; a UserError that names the file if it has none of the formats, is broken or absurdly large.
 
     low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, give the low byte instead.
     """
@@ -659,7 +652,7 @@ def open_image(path, low_bytes: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():  # up to twice the limit of pixels Pillow would only warn
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("PNG", "JPEG"))
+            image = Image.open(path, formats=formats)
         if low_bytes:
             if str(image.tile[0][3]) != "RGB;16B":
                 raise UserError(f"{path} is no 16-bit RGB file (mode {image.mode}): bring GT/LABELS as downloaded")
@@ -669,7 +662,7 @@ def open_image(path, low_bytes: bool = False) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path} claims absurd dimensions (more than {Image.MAX_IMAGE_PIXELS} pixels): replace the file")
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is neither PNG nor JPEG, or is cut off in its first bytes: bring it again")
+        raise UserError(f"{path} is no {' or '.join(formats)} file, or is cut off in its first bytes: bring it again")
     except PermissionError:
         raise UserError(f"cannot read {path}: change its permissions")
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error, struct.error) as error:
@@ -857,10 +850,10 @@ def leave_signals(worker: int):
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """(C,C) int64 counts of pixels, rows = label, columns = prediction. Both inputs are integer tensors of one shape,
     predictions in 0..C-1; pixels whose label is not in 0..C-1 (255, ignore) are left out."""
-    labels, predictions = labels.reshape(-1).long(), predictions.reshape(-1).long()
-    valid = (labels >= 0) & (labels < num_classes)
-    pairs = labels[valid] * num_classes + predictions[valid]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    rows = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes).int()  # row C: ignore
+    pairs = (rows * num_classes + predictions.int()).flatten()
+    counts = torch.bincount(pairs, minlength=(num_classes + 1) * num_classes)
+    return counts[: num_classes**2].view(num_classes, num_classes)
 
 
 def iou(confusion: Tensor) -> Tensor:
@@ -886,29 +879,115 @@ def scores(confusion: Tensor) -> dict:
     return {**means, "iou": {name: value(x) for name, x in zip(class_names(num_classes), per_class)}}
 
 
-@torch.no_grad()
-def evaluate(models: list, dataset: Labelled, device, workers: int = 0, on_image=None) -> dict:
-    """The one evaluation loop: `scores` of the averaged logits of `models` over a dataset with native-size labels,
+class LeanBlock(nn.Module):
+    """A Bottleneck for prediction on the CPU (channels_last): BatchNorm folded, result added into the input's memory."""
+
+    def __init__(self, block: Bottleneck):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        def fold(conv, bn):  # at every call: cheap, and no second set of weights is held
+            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            return conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+
+        def convolve(conv, bn, x):
+            return F.conv2d(x, *fold(conv, bn), conv.stride, conv.padding, conv.dilation)
+
+        def pixels(x):  # (B, C, h, w) to a view (B*h*w, C)
+            return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+        block = self.block
+        hidden = convolve(block.conv2, block.bn2, convolve(block.conv1, block.bn1, x).relu_()).relu_()
+        x = convolve(*block.downsample, x) if block.downsample else x
+        weight, bias = fold(block.conv3, block.bn3)
+        pixels(x).addmm_(pixels(hidden), weight.flatten(1).T).add_(bias).relu_()
+        return x
+
+
+class LeanHead(nn.Module):
+    """An AtrousHead for prediction on the CPU: output channels padded to a multiple of 16, which is 3 times as fast."""
+
+    def __init__(self, head: AtrousHead):
+        super().__init__()
+        self.convs = head.conv2d_list
+
+    def forward(self, x: Tensor) -> Tensor:
+        C = len(self.convs[0].bias)
+        padded = [F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, -C % 16)) for conv in self.convs]
+        maps = sum(F.conv2d(x, weight, None, 1, conv.padding, conv.dilation) for weight, conv in zip(padded, self.convs))
+        return maps[:, :C] + sum(conv.bias for conv in self.convs)[:, None, None]
+
+
+def inference_copy(model: DeepLabV2) -> DeepLabV2:
+    """The network for prediction only: eval mode, no auxiliary head; on the CPU in channels_last, leaner and faster. It
+    shares its tensors with `model`, which stays as it is, its mode included."""
+    model = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
+    model.layer5 = None
+    if not next(model.parameters()).is_cuda:
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(model, name, nn.Sequential(*map(LeanBlock, getattr(model, name))))
+        model.layer6 = LeanHead(model.layer6)
+    return model
+
+
+def predict_maps(models: list, images: Tensor, scales=(1.0,), flip: bool = False) -> list:
+    """Main-head logits of uint8 RGB (B,3,H,W): for each scale one map (B,C,h,w), the mean over the models and, with flip,
+    over the image and its mirror image. `upsample_blocks` takes the list and averages over the scales.
+
+    The images have the size of the largest scale; smaller ones are made from them by antialiased bicubic resizing.
+    """
+    maps = []
+    for scale in scales:
+        x, size = images, [round(side * scale / max(scales)) for side in images.shape[2:]]
+        if scale != max(scales):
+            x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
+        x = normalize(x).contiguous(memory_format=torch.channels_last)
+        logits = sum(model(x).main for model in models)
+        if flip:  # mirrored back here: with align_corners, upsampling and mirroring commute
+            logits = (logits + sum(model(x.flip(3)).main for model in models).flip(3)) / 2
+        maps.append(logits / len(models))
+    return maps
+
+
+def predict_labels(maps, size: tuple, per_block=None) -> Tensor:
+    """(H,W) uint8 argmax of one image's logits, upsampled to size (W,H) by `upsample_blocks`; per_block(block), if given,
+    sees every block (1,C,rows,W) of upsampled logits."""
+    parts = []
+    for _, block in upsample_blocks(maps, size):
+        if block.is_cuda:
+            label = block[0].argmax(0).to(torch.uint8)
+        else:  # a running maximum over whole planes: torch's argmax over the first dimension takes 6 times as long
+            best, label = block[0, 0].clone(), torch.zeros(block.shape[2:], dtype=torch.uint8)
+            for c in range(1, block.shape[1]):
+                label.masked_fill_(block[0, c] > best, c)
+                torch.maximum(best, block[0, c], out=best)
+        parts.append(label)
+        if per_block:
+            per_block(block)
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def evaluate(models: list, dataset: Labelled, device, workers: int = 0, on_image=None, scales=(1.0,), flip=False) -> dict:
+    """The one evaluation loop: `scores` of the averaged predictions of `models` over a dataset with native-size labels,
     with "confusion" (C,C) int64, "images" and "seconds".
 
-    Eval mode, main head, logits upsampled to the label's size, argmax. on_image(name, logits (1,C,h,w), label (H,W),
-    prediction (H,W) uint8), if given, is called for every image.
+    Eval mode, main head, logits upsampled to the label's size, argmax; scales and flip as in `predict_maps`, so the
+    dataset reads at the size of the largest scale. The models stay as they are, their mode included. With several ranks
+    each takes every world-th image, and all get the result. on_image(name, maps, label (H,W), prediction (H,W) uint8),
+    if given, is called for every image; maps are for `upsample_blocks`.
     """
-    for model in models:
-        model.eval()
-    num_classes, start = models[0].num_classes, time.perf_counter()
+    models, start = [inference_copy(model) for model in models], time.perf_counter()
+    num_classes = models[0].num_classes
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for item in one_by_one(dataset, workers, device):
-        image = normalize(item["image"][None].to(device, non_blocking=True))
+        maps = predict_maps(models, item["image"][None].to(device, non_blocking=True), scales, flip)
         label = item["label"].to(device, non_blocking=True)
-        # The average of upsampled logits is the upsampled average: upsampling is linear.
-        logits = sum(model(image).main for model in models) / len(models)
-        prediction = torch.empty_like(label)
-        for first, block in upsample_blocks(logits, (label.shape[1], label.shape[0])):
-            prediction[first : first + block.shape[2]] = block[0].argmax(0)
+        prediction = predict_labels(maps, (label.shape[1], label.shape[0]))
         confusion += confusion_matrix(label, prediction, num_classes)
         if on_image:
-            on_image(item["name"], logits, label, prediction)
+            on_image(item["name"], maps, label, prediction)
     confusion = over_ranks(confusion)
     return {**scores(confusion), "confusion": confusion.cpu(), "images": len(dataset), "seconds": time.perf_counter() - start}
 
@@ -1071,6 +1150,14 @@ def over_ranks(tensor: Tensor, operation: str = "SUM") -> Tensor:
     return tensor
 
 
+def merge_ranks(own: dict) -> dict:
+    """The dicts of all ranks in one."""
+    parts = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def wait_for_ranks():
     if world() > 1:
         dist.barrier()
@@ -1166,9 +1253,10 @@ class StopSignal:
 class RunLog:
     """JSON lines in a file, one record a line, flushed; and a line on the terminal, live where it is a terminal."""
 
-    def __init__(self, path, header: dict, keep=lambda record: False):
-        """Starts the file with `header`, or, when resuming, with the records of the old file that are to be kept."""
-        self.path, self.live, self.file = Path(path), sys.stdout.isatty(), None
+    def __init__(self, path, header: dict, keep, tensorboard=None, start: int = 0):
+        """Starts the file with `header`, or, when resuming after iteration `start`, with the records of the old file that
+        are to be kept. The numbers also become TensorBoard events in the folder `tensorboard`, if given."""
+        self.path, self.live, self.file, self.events = Path(path), sys.stdout.isatty(), None, None
         if rank():
             return
         kept = []
@@ -1180,19 +1268,26 @@ class RunLog:
         write_text(path, "".join(line + "\n" for line in kept or [json.dumps({**versions(), **header}, default=str)]))
         with writing(self.path):
             self.file = open(path, "a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(tensorboard), purge_step=start + 1)
 
     def write(self, **record):
         if self.file:
             with writing(self.path):
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
+        for key, value in record.items() if self.events else ():
+            if isinstance(value, (int, float)) and key != "iter":
+                self.events.add_scalar(f"{record['event']}/{key}" if "event" in record else key, value, record["iter"])
 
     def show(self, text: str, last: bool = False):
         print(f"\r\033[K{text}" if self.live else text, end="\n" if last or not self.live else "", flush=True)
 
     def close(self):
-        if self.file:
-            self.file.close()
+        for file in filter(None, (self.file, self.events)):
+            file.close()
 
 
 def versions() -> dict:
@@ -1233,19 +1328,23 @@ def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool
 class Run:
     """What surrounds a training loop and is no method: resuming, log, evaluation, checkpoints, signals.
 
-    In `folder`: log.jsonl, last.pth (all that --resume needs), best.pth (chosen on validation labels: an oracle) and,
-    with --keep, iter<number>.pth. `config` tells runs apart, `parts` are the objects besides the network that have a
-    state_dict to keep. Afterwards `start` is the iteration to begin with, `finished` says that there is none left,
-    `result` holds the last scores.
+    In `folder`: log.jsonl, last.pth (all that --resume needs), best.pth (chosen on validation labels: an oracle), with
+    --keep iter<number>.pth, and pictures: curves.png and, of every evaluation, pictures/<iteration>.png. `config` tells
+    runs apart, `parts` are the objects besides the network that have a state_dict to keep, `entropy` is what the pictures
+    show of certainty (see `predict_with`), draw(path, done) makes one more picture. Afterwards `start` is the iteration to
+    begin with, `finished` says that there is none left, `result` holds the last scores.
     """
 
-    def __init__(self, args, name: str, folder: Path, config: dict, iters: int, model, parts: dict, validation, about: str, overwrite: bool):
+    def __init__(
+        self, args, name: str, folder, config: dict, iters: int, model, parts: dict, validation, about, overwrite: bool, entropy, draw=None
+    ):
         self.args, self.name, self.folder, self.config, self.iters = args, name, Path(folder), config, iters
-        self.model, self.parts, self.validation = model, parts, validation
+        self.model, self.parts, self.validation, self.entropy, self.draw = model, parts, validation, entropy, draw
         state = resume_state(folder, config, iters, args.resume, overwrite)
         progress = state or {"iter": 0, "best": -1.0, "scores": None}
         self.start, self.best, self.result = progress["iter"], progress["best"], progress["scores"]
-        self.flops, pending = progress.get("flops"), progress.get("pending")  # pending: saved, but not yet evaluated
+        self.flops, self.panel = progress.get("flops"), progress.get("panel")  # panel: validation images in the pictures
+        pending = progress.get("pending")  # saved, but not yet evaluated
         self.finished = self.start >= iters and not pending
         if self.finished:
             return print(f"{name}: already trained, {self.folder / 'last.pth'}")
@@ -1265,7 +1364,8 @@ class Run:
             evaluation = record.get("event") == "evaluation"
             return state and record.get("iter", 0) <= self.start - (pending and evaluation)
 
-        self.log, self.signal = RunLog(self.folder / "log.jsonl", header, keep), StopSignal()
+        self.log = RunLog(self.folder / "log.jsonl", header, keep, self.folder / "tensorboard" if args.tensorboard else None, self.start)
+        self.signal = StopSignal()
         print(f"{name}: {about}" + (f"; goes on from iteration {self.start}" if self.start else ""))
         self.since_check, self.counter = [], None
         if pending:
@@ -1354,7 +1454,8 @@ class Run:
             return
         last, args = self.folder / "last.pth", self.args
         states = {key: part.state_dict() for key, part in self.parts.items()}
-        progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config, "flops": self.flops}
+        progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config}
+        progress.update(flops=self.flops, panel=self.panel)
         save_checkpoint(last, self.model, **states, **progress, pending=pending)
         if args.keep and done % args.save_every == 0 and not pending:
             link(last, self.folder / f"iter{done:07d}.pth")  # the next save replaces last.pth and leaves this file as it is
@@ -1362,16 +1463,32 @@ class Run:
                 old.unlink()
 
     def evaluate(self, done: int):
+        device, entropies = next(self.model.parameters()).device, {}
+
+        def note(name, maps, label, prediction):
+            entropies[name] = self.entropy(maps[0]).sum(1).mean().item()
+
         with self.signal.at_once():
-            outcome = evaluate([self.model], self.validation, next(self.model.parameters()).device, self.args.workers)
+            outcome = evaluate([self.model], self.validation, device, self.args.workers, None if self.panel else note)
+            if not self.panel:  # from now on the same images, from the easiest to the hardest of this first evaluation
+                entropies = merge_ranks(entropies)
+                order = sorted(entropies, key=lambda name: (entropies[name], name))
+                self.panel = list(dict.fromkeys(order[round(share * (len(order) - 1))] for share in (0, 1 / 3, 2 / 3, 1)))
+            mean = outcome[f"miou{self.model.num_classes}"] or 0.0
+            improved, self.best = mean > self.best, max(mean, self.best)
+            self.result = {**{key: value for key, value in outcome.items() if key != "confusion"}, "best": self.best}
+            self.log.write(iter=done, event="evaluation", **self.result)
+            self.log.show(f"{self.name} {done}/{self.iters}  mIoU {mean:.1f} on {outcome['images']} validation images", True)
+            if rank() == 0:
+                picture = self.folder / "pictures" / f"{done:07d}.png"
+                write_panel(picture, self.model, self.validation, self.panel, device, self.entropy)
+                write_curves(self.folder / "curves.png", self.log.path)
+                if self.draw:
+                    self.draw(picture.with_stem(f"{done:07d}_labels"), done)
+                if improved:
+                    content = {"iter": done, "scores": self.result, "config": self.config, "oracle": True}
+                    save_checkpoint(self.folder / "best.pth", self.model, **content)
         set_mode(self.model, self.args.bn)
-        mean = outcome[f"miou{self.model.num_classes}"] or 0.0
-        improved, self.best = mean > self.best, max(mean, self.best)
-        self.result = {**{key: value for key, value in outcome.items() if key != "confusion"}, "best": self.best}
-        self.log.write(iter=done, event="evaluation", **self.result)
-        self.log.show(f"{self.name} {done}/{self.iters}  mIoU {mean:.1f} on {outcome['images']} validation images", True)
-        if improved and rank() == 0:
-            save_checkpoint(self.folder / "best.pth", self.model, iter=done, scores=self.result, oracle=True, config=self.config)
         self.save(done, pending=False)
 
     def close(self):
@@ -1396,7 +1513,218 @@ def validation_set(kind: str, root, num_classes: int, size):
     return Labelled(list_pairs(kind, root, "val"), kind, num_classes, size, native_labels=True)
 
 
-# ---------------------------------------------------------------- 10 built-in street scenes
+# ---------------------------------------------------------------- 10 pictures
+
+GREY, LIGHT = (90, 90, 90), (225, 225, 225)
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 170, 190), (140, 86, 75), (227, 119, 194))
+
+
+def font(size: int = 13):
+    return ImageFont.load_default(size)
+
+
+def legend(entries: list, width: int) -> np.ndarray:
+    """Coloured boxes with names, [(name, RGB)], in as many rows as `width` needs: (H, width, 3) uint8."""
+    places, x, y = [], 6, 4
+    for name, _ in entries:
+        needed = round(font().getlength(name)) + 32
+        x, y = (6, y + 20) if x > 6 and x + needed > width else (x, y)
+        places.append((x, y))
+        x += needed
+    sheet = Image.new("RGB", (width, y + 20), "white")
+    pen = ImageDraw.Draw(sheet)
+    for (name, rgb), (x, y) in zip(entries, places):
+        pen.rectangle((x, y, x + 12, y + 12), tuple(map(int, rgb)), GREY)
+        pen.text((x + 17, y + 6), name, "black", font(), anchor="lm")
+    return np.asarray(sheet)
+
+
+def class_legend(num_classes: int, width: int) -> np.ndarray:
+    return legend([*zip(class_names(num_classes), palette_for(num_classes)), ("no label", (0, 0, 0))], width)
+
+
+def stack(pictures: list) -> np.ndarray:
+    """Pictures (H,W,3) uint8 below each other, white where one is narrower."""
+    width = max(p.shape[1] for p in pictures)
+    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures])
+
+
+def write_grid(path, titles: list, rows: list, width: int = 256, num_classes: int = 0):
+    """A PNG of pictures (H,W,3) uint8 in rows, one title over each column, every picture scaled to `width` pixels; with
+    num_classes the classes' colours stand below. Columns are as wide as their titles need."""
+    width = max(width, *(round(font().getlength(title)) + 8 for title in titles))
+    pictures = [[Image.fromarray(p).resize((width, round(width * p.shape[0] / p.shape[1]))) for p in row] for row in rows]
+    gap, head = 4, 22
+    heights = [max(picture.height for picture in row) + gap for row in pictures]
+    sheet = Image.new("RGB", (len(titles) * (width + gap) - gap, head + sum(heights)), "white")
+    for c, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((c * (width + gap) + 4, head // 2), title, "black", font(), anchor="lm")
+        for r, row in enumerate(pictures):
+            sheet.paste(row[c], (c * (width + gap), head + sum(heights[:r])))
+    write_png(path, stack([np.asarray(sheet), *([class_legend(num_classes, sheet.width)] if num_classes else [])]))
+
+
+def grey(map: Tensor) -> np.ndarray:
+    """(H,W) values in 0..1 to uint8 0..255."""
+    return map.mul(255).round().byte().cpu().numpy()
+
+
+def predict_with(maps, size: tuple, entropy) -> tuple:
+    """(prediction (H,W) uint8, normalised entropy (H,W) in 0..1 as uint8 0..255) of one image's logits at size (W,H).
+    entropy: logits (1,C,h,w) to maps (1,C,h,w) whose sum over C is the entropy, `intrada.self_information`."""
+    rows = []
+    prediction = predict_labels(maps, size, lambda block: rows.append(grey(entropy(block)[0].sum(0).clamp(0, 1))))
+    return prediction.cpu().numpy(), np.concatenate(rows)
+
+
+@torch.inference_mode()
+def write_panel(path, model: DeepLabV2, dataset: Labelled, names: list, device, entropy):
+    """One PNG with a row for each named image of the dataset: image, ground truth, prediction, entropy. The model stays as
+    it is; `entropy` as in `predict_with`."""
+    model, rows = inference_copy(model), []
+    for index in map(dataset.names.index, names):
+        image, label = dataset.open(index)
+        maps = predict_maps([model], dataset[index]["image"][None].to(device))
+        prediction, certainty = predict_with(maps, label.size, entropy)
+        coloured = (colour(y, model.num_classes) for y in (np.asarray(label), prediction))
+        rows.append([np.asarray(image), *coloured, np.repeat(certainty[..., None], 3, 2)])
+    write_grid(path, ["image", "ground truth", "prediction", "entropy (black 0, white 1)"], rows, num_classes=model.num_classes)
+
+
+class Series(NamedTuple):
+    """What `chart` draws. kind "line" or "bar" (from 0, `width` wide): x, y are numbers; "dot" and "cross": points of
+    `width` pixels; "hbar": values y from the left at rows x, with whiskers of length `error` to both sides."""
+
+    name: str  # in the legend; empty: left out of it
+    kind: str
+    x: list
+    y: list
+    rgb: tuple
+    width: float = 2
+    error: list = ()
+
+
+def chart(title: str, x_name: str, y_name: str, series: list, size=(900, 360), log=False, rows=(), ticks=True) -> np.ndarray:
+    """A plot as (H,W,3) uint8: box, grid, ticks, names, legend below. log: of the y axis; values that are not positive are
+    left out. rows: texts along the y axis in place of numbers, the first at the top. ticks=False: an axis without units."""
+    def nice(low, high):  # 4 to 8 round numbers, or for a logarithmic axis powers of ten times 1, 2, 5
+        if high - low <= 0:
+            return [low]
+        step = next(s for e in range(-9, 12) for s in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if (high - low) / s <= 7)
+        return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+    swap, pairs = any(s.kind == "hbar" for s in series), [p for s in series for p in zip(s.x, s.y) if not log or p[1] > 0]
+    errors = [e for s in series for e in s.error] or [0]
+    xs, ys = (np.array([p[i] for p in pairs] or [0.1, 1.0], float) for i in (0, 1))
+    (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys.min(), ys.max())
+    if swap:
+        x0, x1, y0, y1 = 0, 1.12 * (y1 + max(errors)), len(rows) - 0.5, -0.5
+    elif log:
+        y0, y1 = y0 / 1.2, y1 * 1.2
+    else:
+        bars = [s.width / 2 for s in series if s.kind == "bar"]
+        x0, x1 = (x0 - max(bars), x1 + max(bars)) if bars else (x0 - 0.02 * (x1 - x0 or 1), x1 + 0.02 * (x1 - x0 or 1))
+        y0, y1 = 0 if bars else y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
+    decades = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)] if log else []
+    y_ticks = list(range(len(rows))) if rows else [v for v in decades if y0 <= v <= y1] if log else nice(y0, y1) if ticks else []
+    x_ticks = nice(x0, x1) if ticks else []
+    y_texts = list(rows) or [f"{v:.6g}" for v in y_ticks]
+    left = 14 + 20 * bool(y_name) + max([round(font().getlength(text)) for text in y_texts] or [0])
+    size = (round(max(size[0], left + 500, font(15).getlength(title) + 16)), size[1])  # nothing is cut: wider where texts need it
+    right, top, bottom = size[0] - 24, 34, size[1] - (52 if ticks else 32)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def at(x, y):
+        f = math.log if log else float
+        return left + (right - left) * (x - x0) / (x1 - x0 or 1), bottom - (bottom - top) * (f(y) - f(y0)) / (f(y1) - f(y0) or 1)
+
+    for v in x_ticks:
+        pen.line((at(v, y0), at(v, y1)), LIGHT)
+        pen.text((at(v, y0)[0], bottom + 5), f"{v:.6g}", "black", font(), anchor="mt")
+    for v, text in zip(y_ticks, y_texts):
+        pen.line((at(x0, v), at(x1, v)), LIGHT)
+        pen.text((left - 6, at(x0, v)[1]), text, "black", font(), anchor="rm")
+    for s in series:
+        points = [at(x, y) for x, y in zip(s.x, s.y) if not log or y > 0] if s.kind != "hbar" else []
+        if s.kind == "line":
+            pen.line(points, s.rgb, round(s.width), joint="curve")
+        for x, y in points if s.kind == "dot" else ():
+            pen.ellipse((x - s.width, y - s.width, x + s.width, y + s.width), s.rgb, "black" if s.width > 5 else None)
+        for x, y in points if s.kind == "cross" else ():
+            for slope in (-1, 1):
+                for rgb, wide in ((("black", 6), (s.rgb, 3)) if s.width > 5 else ((s.rgb, 1),)):
+                    pen.line((x - s.width, y - slope * s.width, x + s.width, y + slope * s.width), rgb, wide)
+        for x, y in zip(s.x, s.y) if s.kind == "bar" else ():
+            pen.rectangle((at(x - s.width / 2, y), (at(x + s.width / 2, y)[0] - 1, bottom)), s.rgb)
+        for row, value, error in zip(s.x, s.y, s.error) if s.kind == "hbar" else ():
+            (x, y), half = at(value, row), s.width / 2 * (bottom - top) / len(rows)
+            pen.rectangle((left, y - half, x, y + half), s.rgb)
+            low, high = at(value - error, row)[0], at(value + error, row)[0]
+            pen.line((low, y, high, y), "black", 2)
+            for end in (low, high):
+                pen.line((end, y - 4, end, y + 4), "black", 2)
+            pen.text((high + 6, y), f"{value:.1f}", "black", font(), anchor="lm")
+    pen.rectangle((left, top, right, bottom), None, GREY)
+    pen.text((min(left, size[0] - font(15).getlength(title) - 8), 17), title, "black", font(15), anchor="lm")
+    pen.text(((left + right) / 2, size[1] - 14), x_name, "black", font(), anchor="mm")
+    if y_name:
+        text = Image.new("L", (round(font().getlength(y_name)) + 4, 18))
+        ImageDraw.Draw(text).text((2, 9), y_name, 255, font(), anchor="lm")
+        text = text.rotate(90, expand=True)
+        sheet.paste("black", (4, (top + bottom - text.height) // 2), text)
+    named = [(s.name, s.rgb) for s in series if s.name]
+    return stack([np.asarray(sheet), legend(named, size[0])]) if named else np.asarray(sheet)
+
+
+def read_log(path) -> tuple:
+    """(header, iteration records, evaluations) of a run's log.jsonl; a UserError if it is none."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        if lines and lines[0].get("event") == "start" and "args" in lines[0]:
+            return lines[0], [r for r in lines if "event" not in r], [r for r in lines if r.get("event") == "evaluation"]
+    except FileNotFoundError:
+        raise UserError(f"no log at {path}: check the path")
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} is not a log.jsonl of a training run: name one that intrada.py or bcl.py wrote")
+
+
+def write_curves(path, log_path):
+    """One PNG of a run from its log.jsonl: loss terms over iterations, smoothed, and mIoU with the best so far (oracle)."""
+    header, records, evaluations = read_log(log_path)
+    window, losses = max(1, len(records) // 20), []
+    for name in dict.fromkeys(key for r in records for key in r if key.startswith("loss")):
+        x, y = np.array([(r["iter"], r[name]) for r in records if r.get(name) is not None] or np.zeros((0, 2)), float).T
+        kernel = np.ones(window)
+        y = np.convolve(y, kernel, "same") / np.convolve(np.ones_like(y), kernel, "same") if len(y) >= window else y
+        if (y > 0).any():
+            losses.append(Series(name.removeprefix("loss_"), "line", x, y, COLOURS[len(losses) % len(COLOURS)]))
+    note = f", mean of {window} records" if window > 1 else ""
+    pictures = [chart(f"{header['stage']}: loss terms{note}", "iteration", "loss (logarithmic)", losses, log=True)]
+    if evaluations:
+        key, x = next(k for k in evaluations[0] if k.startswith("miou")), [r["iter"] for r in evaluations]
+        best = np.maximum.accumulate([r[key] or 0 for r in evaluations])
+        lines = [Series("best so far (oracle)", "line", x, best, (170, 170, 170), 2)]
+        y = [r[key] or 0 for r in evaluations]
+        lines += [Series("", "line", x, y, COLOURS[0], 3), Series(key.replace("miou", "mIoU "), "dot", x, y, COLOURS[0], 3)]
+        last = evaluations[-1][key] or 0
+        title = f"{header['stage']}: mIoU on {evaluations[-1]['images']} validation images, last {last:.1f}, best {best[-1]:.1f}"
+        pictures.append(chart(title, "iteration", "percent", lines))
+    write_png(path, stack(pictures))
+
+
+def write_histogram(path, groups: dict, title: str, x_name: str, bins: int = 30):
+    """One PNG: how many of each group's values {name: values} lie in each of `bins` intervals, stacked."""
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, float) for v in groups.values()]), bins)
+    total, series, middle, width = 0, [], (edges[1:] + edges[:-1]) / 2, 0.92 * (edges[1] - edges[0])
+    for (name, values), rgb in zip(groups.items(), COLOURS):
+        total = total + np.histogram(values, edges)[0]
+        series.insert(0, Series(f"{name} ({len(values)})", "bar", middle, total, rgb, width))  # the highest is drawn first
+    write_png(path, chart(title, x_name, "images", series))
+
+
+# ---------------------------------------------------------------- 11 built-in street scenes
 
 
 def demo_scenes(source: str) -> Path:

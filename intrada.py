@@ -26,6 +26,7 @@ import csv
 import difflib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -152,6 +153,7 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--save-every", "iterations between saves of last.pth", type=POSITIVE)
     add(g, "--keep", "how many older snapshots to keep beside last.pth", type=WHOLE, default=0)
     add(g, "--log-every", "iterations between records in log.jsonl", type=POSITIVE)
+    add(g, "--tensorboard", "write TensorBoard events, too; needs the package tensorboard", action="store_true")
     add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=number(int, 0, 2**32 - 1), default=0)
 
     g = parser.add_argument_group("data")
@@ -201,6 +203,8 @@ def finish_args(parser: argparse.ArgumentParser, defaults: dict) -> argparse.Nam
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
     if args.compile and args.checkpoint_activations:
         raise UserError("--compile and --checkpoint-activations exclude each other: the compiler decides itself what to keep")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard, or leave the flag out")
     args.device = common.set_up(args.device)
     args.amp = args.device.type == "cuda" if args.amp is None else args.amp
     args.ranks = common.world()
@@ -337,7 +341,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     about = f"{len(source)} labelled images, {len(target) if target else 'no'} target images, {report}, {batch_text(args)}"
     config = training_config(args, name, horizon, lr)
     overwrite = args.overwrite and not (name == "warmup" and args.stage == "3")
-    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, overwrite)
+    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, overwrite, self_information)
     if run.finished:
         return run.result
     autocast, (information, ce) = precision_and_compiler(args, G, [self_information, segmentation_loss])
@@ -422,7 +426,7 @@ def precision_and_compiler(args, G: nn.Module, functions: list) -> tuple:
 
 def training_config(args, name: str, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
-    indifferent = {"stage", "check", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device", "keep"}
+    indifferent = {"stage", "check", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device", "keep", "tensorboard"}
     indifferent |= {"eval_every", "save_every", "log_every", "ratio", "normalize_entropy", "compile", "checkpoint_activations"}
     config = {key: str(value) for key, value in vars(args).items() if key not in indifferent}
     if name == "warmup":  # shared by runs that differ only in what comes after it
@@ -460,20 +464,15 @@ def predict_target(args, checkpoint: Path, images: dict) -> dict:
         if G.num_classes != C:
             raise UserError(f"{checkpoint} predicts {G.num_classes} classes: give --num-classes {G.num_classes}")
         print(f"stage 2: predicting {len(missing)} of {len(images)} target images with {checkpoint}, {report}")
-        G.to(device).eval()
-        (width, height), start = args.target_size, time.perf_counter()
+        G, start = common.inference_copy(G.to(device)), time.perf_counter()
         for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
-            logits = G(common.normalize(item["image"][None].to(device, non_blocking=True))).main
-            maps = torch.empty(2, height, width, dtype=torch.uint8, device=device)  # label, entropy 0..255
-            entropy = 0.0
-            for first, block in common.upsample_blocks(logits, args.target_size):  # (1, C, rows, W)
-                pixel_entropy = self_information(block).sum(1)  # (1, rows, W)
-                maps[0, first : first + block.shape[2]] = block[0].argmax(0)
-                maps[1, first : first + block.shape[2]] = (255 * pixel_entropy[0]).round()
-                entropy = entropy + pixel_entropy.sum(dtype=torch.float64)
-            (label, picture), entropy, stem = maps.cpu().numpy(), entropy.item() / (C * height * width), folder / item["name"]
+            maps, rows = common.predict_maps([G], item["image"][None].to(device, non_blocking=True)), []
+            per_block = lambda block: rows.append(self_information(block)[0].sum(0))  # noqa: B023, E731
+            label = common.predict_labels(maps, args.target_size, per_block).cpu().numpy()  # (H, W)
+            pixels, stem = torch.cat(rows), folder / item["name"]  # (H, W): entropy of each
+            entropy = pixels.mean(dtype=torch.float64).item() / C
             both = entropy, entropy * (rarity_factor(set(np.unique(label).tolist())) if C == 19 else 1.0)
-            common.write_png(f"{stem}_entropy.png", picture)
+            common.write_png(f"{stem}_entropy.png", common.grey(pixels.clamp(0, 1)))
             common.write_png(f"{stem}_colour.png", label, common.palette_for(C))
             common.write_png(f"{stem}_trainids.png", label, text={"origin": origin, "entropy": "{!r} {!r}".format(*both)})
         print(f"stage 2: {len(missing)} images in {time.perf_counter() - start:.0f} s")
@@ -487,7 +486,8 @@ def rank(args, checkpoint: Path, images: dict):
     """Sort the target images by entropy; the floor(λN) lowest are easy, the rest hard.
 
     Writes into `split_folder` of every --ratio: for the easy images labels/<name>.png (trainIds) and colour/<name>.png,
-    then easy.txt, hard.txt and, last, ranking.csv (name, entropy, normalized_entropy, split; in the order of the ranking).
+    then easy.txt, hard.txt, gallery.png, histogram.png and, last, ranking.csv (name, entropy, normalized_entropy, split; in
+    the order of the ranking).
     """
     predictions, entropies = args.out / "stage2" / "predictions", predict_target(args, checkpoint, images)
     key = 1 if args.normalize_entropy else 0
@@ -510,9 +510,26 @@ def rank(args, checkpoint: Path, images: dict):
                     common.link(predictions / f"{name}_{source}.png", folder / kind / f"{name}.png")
             common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in names[:easy]))
             common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in names[easy:]))
+            draw_split(folder, names, images, predictions, {name: entropies[name][key] for name in names}, easy)
             common.write_text(ranking, table.getvalue())
         print(f"stage 2: {easy} easy and {len(names) - easy} hard images, {ranking}")
     common.wait_for_ranks()
+
+
+def draw_split(folder: Path, names: list, images: dict, predictions: Path, entropies: dict, easy: int):
+    """gallery.png: the easiest and the hardest images with prediction and entropy map; histogram.png: the entropies."""
+
+    def row(name):
+        files = images[name], predictions / f"{name}_colour.png", predictions / f"{name}_entropy.png"
+        return [np.asarray(common.open_image(file).convert("RGB")) for file in files]
+
+    count = min(4, len(names) // 2) or 1
+    rows = [row(first) + row(last) for first, last in zip(names[:count], names[::-1][:count])]
+    titles = ["image, easiest first", "prediction", "entropy (white: 1)", "image, hardest first", "prediction", "entropy (white: 1)"]
+    common.write_grid(folder / "gallery.png", titles, rows)
+    groups = {"easy": [entropies[name] for name in names[:easy]], "hard": [entropies[name] for name in names[easy:]]}
+    title = f"{easy} easy and {len(names) - easy} hard target images"
+    common.write_histogram(folder / "histogram.png", groups, title, "entropy R, mean over pixels and classes")
 
 
 def split_folder(args, ratio: float) -> Path:

@@ -4,8 +4,8 @@
 
 Contents   1 helpers and fixtures   2 IntraDA's and the evaluation's maths   3 BCL's maths   4 networks
            5 labels, readers, sampler   6 weight files   7 street scenes   8 training, step by step as the papers have it
-           9 IntraDA end to end   10 BCL end to end   11 eval.py   12 bad inputs
-           13 speed: processes, batches, precision, memory   14 dependable: signals, numbers, snapshots   15 the README's commands
+           9 IntraDA end to end   10 BCL end to end   11 eval.py   12 pictures   13 bad inputs
+           14 speed: processes, batches, precision, memory   15 dependable: signals, numbers, snapshots   16 the README's commands
 """
 
 import contextlib
@@ -964,7 +964,175 @@ def test_eval_takes_the_newest_checkpoint_and_a_subset(scenes):
     assert "2 images" in succeed(eval_script, *flags, "--subset", scenes / "hard.txt")
 
 
-# ---------------------------------------------------------------- 12 bad inputs
+def noisy_network(seed, classes=19):
+    """Random weights whose BatchNorm statistics are not the initial ones, in training mode."""
+    torch.manual_seed(seed)
+    net = common.DeepLabV2(classes, **NETWORK)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.weight.data.mul_(3)
+    return net
+
+
+def naive(models, image, size, scales, flip):
+    """Averaged upsampled logits, plainly: image (1,3,H,W) uint8, already at the largest scale."""
+    maps, height, width = [], *image.shape[2:]
+    for scale in scales:
+        hw = (round(height * scale / max(scales)), round(width * scale / max(scales)))
+        x = image.float() if hw == (height, width) else F.interpolate(image.float(), hw, mode="bicubic", antialias=True).clamp(0, 255)
+        for model, mirrored in product(models, (False, True) if flip else (False,)):
+            y = full(model.eval()(common.normalize(x.flip(3) if mirrored else x)).main, size).detach()
+            maps.append(y.flip(3) if mirrored else y)
+    return sum(maps) / len(maps)
+
+
+@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((0.75, 1.0, 1.5), True)])
+def test_test_time_options_against_plain_averaging(scales, flip):
+    models, image = [noisy_network(0), noisy_network(1)], torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)
+    before = copy.deepcopy(models[0].state_dict())
+    lean = [common.inference_copy(model) for model in models]
+    assert models[0].training and models[0].layer5 is not None and not lean[0].training
+    assert {p.data_ptr() for p in lean[0].parameters()} <= {p.data_ptr() for p in models[0].parameters()}  # no second set of weights
+    with torch.no_grad():
+        maps, blocks = common.predict_maps(lean, image, scales, flip), []
+        label = common.predict_labels(maps, (70, 50), blocks.append)
+    expected = naive(models, image, (50, 70), scales, flip)
+    assert difference(before, models[0].state_dict()) == 0 and label.dtype == torch.uint8
+    assert (torch.cat(blocks, 2) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (label != expected[0].argmax(0)).float().mean() < 2e-3 and len(label.unique()) > 2
+
+
+def test_predict_labels_takes_the_first_of_equals():
+    logits = torch.tensor([0.0, 2, 2, 1, -1]).view(1, 5, 1, 1).expand(1, 5, 3, 4)
+    assert (common.predict_labels(logits, (9, 40)) == 1).all()
+
+
+def test_segment_images(capsys):
+    """Any mode, size and orientation; equal names; against a plain forward pass at the photo's size."""
+    model = noisy_network(0)
+    common.save_checkpoint("net.pth", model, config={"target_size": "(96, 64)"})
+    rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Path("in/a/b").mkdir(parents=True), Path("other").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    Image.fromarray(rgb).save("in/a/b/turned.png", exif=exif)
+    Image.fromarray(rgb).convert("P").save("in/palette.png"), Image.fromarray(rgb).convert("RGBA").save("other/palette.webp", lossless=True)
+    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save("other/deep.png")
+    Path("in/broken.jpg").write_bytes(b"no image"), Path("in/notes.txt").write_text("no image")
+    status, out, err = call(eval_script, "--ckpt", "net.pth", "--images", "in", "oth*/*", "other/deep.png", "--save-dir", "out",
+                            "--flip", "--multi-scale", 0.5, 1, "--batch-size", 3, "--workers", 0, "--device", "cpu")  # fmt: skip
+    assert status == 2 and "in/broken.jpg" in err and "1 of 5" in err and "4 images, " in out and "Traceback" not in err
+    names, kinds = ["a/b/turned", "palette", "palette_2", "deep"], ("trainids", "colour", "overlay", "entropy")
+    assert {p.relative_to("out").as_posix() for p in Path("out").rglob("*.png")} == {f"{n}_{k}.png" for n in names for k in kinds}
+    pixels = {"a/b/turned": np.rot90(rgb, -1), "palette": np.array(Image.open("in/palette.png").convert("RGB")),
+              "palette_2": rgb, "deep": np.repeat(rgb[..., :1], 3, 2)}  # fmt: skip
+    for name, photo in pixels.items():
+        height, width = photo.shape[:2]
+        factor = math.sqrt(96 * 64 / (width * height))  # the area it was trained with, the photo's own aspect
+        small = Image.fromarray(np.ascontiguousarray(photo)).resize((round(width * factor), round(height * factor)), Image.BICUBIC)
+        logits = naive([model], torch.from_numpy(np.array(small)).permute(2, 0, 1)[None], (height, width), (0.5, 1), True)
+        ids, colour, overlay, entropy = (np.asarray(Image.open(f"out/{name}_{kind}.png")).astype(int) for kind in kinds)
+        expected = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)[0].numpy() / math.log(19) * 255
+        assert ids.shape == entropy.shape == (height, width) and (ids != logits[0].argmax(0).numpy()).mean() < 2e-3
+        assert np.array_equal(colour, common.PALETTE[ids]) and np.array_equal(overlay, (photo.astype(int) + colour) // 2)
+        assert np.abs(entropy - expected).max() <= 1
+    assert len(np.unique(ids)) > 2
+    label = np.asarray(Image.open("out/deep_trainids.png"))
+    assert label.dtype == np.uint8 and call(eval_script, "--ckpt", "net.pth", "--images", "other/deep.png", "--save-dir", "out2", "--input-size", "64x32", "--workers", 0)[0] == 0
+
+
+def test_features(scenes):
+    """Sampled points are pixels of the encoder's map; prototypes are masked means over all of them."""
+    model = noisy_network(0)
+    common.save_checkpoint("net.pth", model)
+    flags = ["--ckpt", "net.pth", "--data-root", scenes, "--input-size", "64x64", "--points", 7, "--workers", 0, "--device", "cpu"]
+    assert "128" in succeed(eval_script, *flags, "--features", "a.npz") and Path("a.png").exists()
+    found = dict(np.load("a.npz"))
+    assert found["features"].dtype == np.float32 and list(found["names"]) == list(common.CLASSES)
+    for domain, (kind, root, split) in enumerate((("gta5", "GTA5", "train"), ("cityscapes", "Cityscapes", "val"))):
+        features, labels = [], []
+        for image, label in common.list_pairs(kind, scenes / root, split).values():
+            f = model.eval()(common.normalize(read_rgb(image))).features[0].detach()
+            y = F.interpolate(torch.from_numpy(np.array(common.read_label(label, kind, 19)))[None, None].float(), f.shape[1:], mode="nearest-exact")
+            features.append(f.flatten(1).T), labels.append(y.flatten())
+        features, labels = torch.cat(features), torch.cat(labels)
+        scale = features.abs().max().item()
+        own = found["domain"] == domain
+        for c in range(19):
+            points, all_of_class = found["features"][own & (found["label"] == c) & ~found["is_prototype"]], features[labels == c].numpy()
+            prototype = found["features"][own & (found["label"] == c) & found["is_prototype"]]
+            assert len(points) == min(7, len(all_of_class)) and len(prototype) == min(1, len(all_of_class))
+            if len(points):
+                distances = np.abs(all_of_class[None] - points[:, None]).max(2)  # every point is another pixel
+                assert distances.min(1).max() < 1e-5 * scale and len(np.unique(distances.argmin(1))) == len(points)
+                assert np.allclose(prototype[0], all_of_class.mean(0), atol=1e-5 * scale)
+    succeed(eval_script, *flags, "--features", "b.npz"), succeed(eval_script, *flags, "--features", "c.npz", "--seed", 1)
+    assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes() and not np.array_equal(np.load("c.npz")["features"], found["features"])
+
+
+def write_log(path, stage, seed, values, stop=20, **flags):
+    """A made-up log: mIoU `values` at iterations 10, 20, ...; road has twice that, the other classes are absent."""
+    args = {"seed": seed, "out": str(path), "stop_iters": stop, "warmup_iters": 20, "rounds": 2, "round_iters": 10, "ratio": 0.67, **flags}
+    lines, best = [{"event": "start", "stage": stage, "about": "", "args": args}], 0
+    for i, value in enumerate(values, 1):
+        best, iou = max(best, value), {name: None for name in common.CLASSES} | {"road": 2 * value}
+        lines.append({"iter": 10 * i, "loss_seg": 1.0 / i, "loss_adv": None, "lr": 1e-3})
+        lines.append({"iter": 10 * i, "event": "evaluation", "miou19": value, "iou": iou, "best": best, "images": 5})
+    common.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_compare():
+    for seed, values in enumerate(((30, 20), (10, 24), (10, 31))):
+        write_log(f"runs/a{seed}/log.jsonl", "bcl", seed, values, labels="hybrid", tau=0.8)
+    for i, (labels, tau) in enumerate((("static", 0.8), ("hybrid", 0.5))):
+        write_log(f"runs/b{i}/log.jsonl", "bcl", 0, (10, 12 + i), labels=labels, tau=tau)
+    write_log("runs/c/stage1/log.jsonl", "stage1", 0, (8, 9), ratio=0.5), write_log("runs/d/stage1/log.jsonl", "stage1", 1, (8, 10))  # ratio: not stage 1's
+    write_log("runs/e/log.jsonl", "stage3", 0, (8, 9), stop=30)
+    os.utime("runs/a0/log.jsonl", (1, 1))
+    write_log("runs/f/log.jsonl", "bcl", 0, (10, 20), labels="hybrid", tau=0.8)  # a0 once more, newer
+    out = succeed(eval_script, "--compare", "runs/[ab]*", "runs", "--save-dir", "out")
+    assert "runs/e/log.jsonl: did not end" in out and "1 older runs" in out
+    rows = {row["label"]: row for row in json.loads(Path("out/compare.json").read_text())}
+    assert list(rows) == ["bcl", "bcl labels=static", "bcl tau=0.5", "stage1"] and rows["bcl"]["seeds"] == [0, 1, 2] and rows["stage1"]["seeds"] == [0, 1]
+    assert rows["bcl"]["last"]["mean"] == 25 and rows["bcl"]["last"]["std"] == pytest.approx(math.sqrt((25 + 1 + 36) / 2))
+    assert rows["bcl"]["best"]["values"] == [20, 24, 31] and rows["bcl"]["iou"]["road"]["mean"] == 50 and rows["bcl tau=0.5"]["last"]["std"] is None
+    text = Path("out/compare.md").read_text()
+    assert re.search(r"\| 1 +\| bcl +\| 3 +\| 25\.0 ± 5\.6 +\| 25\.0 ± 5\.6 +\|", text) and re.search(r"\| road +\| 50\.0 ± 11\.1 \| 24\.0", text) and text in out
+    assert Image.open("out/compare.png").width >= 900
+
+
+# ---------------------------------------------------------------- 12 pictures
+
+
+def drawn(picture, rgb):
+    """Share of the pixels that have exactly this colour."""
+    return (np.asarray(picture) == rgb).all(2).mean()
+
+
+def test_pictures(trained, scenes):
+    dataset = common.validation_set("cityscapes", scenes / "Cityscapes", 19, (64, 64))
+    model, names = common.build_model(trained(intrada) / "stage3/last.pth")[0].train(), dataset.names[3:0:-2]
+    common.write_panel("out/panel.png", model, dataset, names, torch.device("cpu"), intrada.self_information)
+    panel = np.asarray(Image.open("out/panel.png").convert("RGB"))
+    image, label = dataset.open(dataset.names.index(names[0]))
+    truth = np.asarray(Image.fromarray(common.colour(np.asarray(label), 19)).resize((256, 256)))
+    assert model.training and np.array_equal(panel[22 : 22 + 256, :256], image.resize((256, 256))) and np.array_equal(panel[22 : 22 + 256, 260:516], truth)
+    assert panel.shape[1] == 4 * 260 - 4 and drawn(panel[22 + 2 * 260 :], common.PALETTE[18]) > 0  # the legend
+    common.write_curves("out/curves.png", trained(bcl) / "log.jsonl")
+    assert all(drawn(Image.open("out/curves.png"), rgb) > 1e-4 for rgb in common.COLOURS[:7])  # seven terms
+    write_log("log.jsonl", "stage1", 0, ())
+    common.write_curves("out/empty.png", "log.jsonl")  # stopped before the first record
+    common.write_histogram("out/histogram.png", {"easy": [1, 2, 2], "hard": [3]}, "title", "entropy", bins=2)
+    chart = np.asarray(Image.open("out/histogram.png"))
+    assert drawn(chart[40:300], common.COLOURS[0]) == pytest.approx(3 * drawn(chart[40:300], common.COLOURS[1]), rel=0.1)  # 1 + 2 against 1
+    common.write_grid("out/grid.png", ["a title that is longer than sixteen pixels"], [[np.zeros((4, 4, 3), np.uint8)]], width=16)
+    assert Image.open("out/grid.png").width > 200
+
+
+# ---------------------------------------------------------------- 13 bad inputs
 
 BAD_FLAGS = [  # script, flags, what the message names
     *((intrada, flags, flags.split()[0]) for flags in (
@@ -986,6 +1154,11 @@ BAD_FLAGS = [  # script, flags, what the message names
         "--out=", "--data-root=", "--ckpt=")),
     (intrada, "--ckpt folder", "folder is a folder"), (eval_script, "--ckpt folder", "folder is a folder"), (bcl, "--init folder", "--init folder"),
     (bcl, "--data-root file", "file"), (intrada, "--out occupied", "occupied/stage3"), (intrada, "--out link", "link"),
+    (eval_script, "--images file", "--save-dir"), (eval_script, "--images file --compare file", "--compare"),
+    (eval_script, "--compare file", "file"), (eval_script, "--compare nowhere", "nowhere"), (eval_script, "--compare empty", "empty"),
+    (eval_script, "--features out.txt", "--features"), (eval_script, "--multi-scale 0", "--multi-scale"),
+    *((eval_script, f"--ckpt net.pth --images {path} --save-dir out", path) for path in ("nowhere.png", "empty", "*.jpg")),
+    *((eval_script, f"--ckpt seven.pth {flags}", "7 classes") for flags in ("--features a.npz", "--json a.json")),
 ]  # fmt: skip
 HALF = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x40"
 
@@ -1043,8 +1216,10 @@ def expect_refusal(module, flags, culprit):
 
 @pytest.mark.parametrize("module, flags, culprit", BAD_FLAGS, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_bad_flags(module, flags, culprit, scenes):
-    Path("file").write_text("not a checkpoint"), Path("folder").mkdir(), Path("link").symlink_to("nowhere")
+    Path("file").write_text("not a checkpoint"), Path("folder").mkdir(), Path("empty").mkdir(), Path("link").symlink_to("nowhere")
     Path("occupied").mkdir(), Path("occupied/stage3").write_text("a file")
+    for name, classes in (("net.pth", 19), ("seven.pth", 7)) if module is eval_script else ():
+        common.save_checkpoint(name, common.DeepLabV2(classes, **NETWORK))
     expect_refusal(module, ["--data-root", scenes, *FLAGS[module], *flags.split()], culprit)
 
 
@@ -1108,7 +1283,7 @@ def test_a_refusal_is_one_line_and_writes_nothing(scenes, tmp_path):
     assert done.returncode == 2 and "--stage 2" in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------- 13 speed: processes, batches, precision, memory
+# ---------------------------------------------------------------- 14 speed: processes, batches, precision, memory
 
 
 def stage1(scenes, init, out, *flags):
@@ -1206,7 +1381,7 @@ def test_speed_is_in_the_log(trained):
     assert counter.get_total_flops() / 2 < flops[0]["flops_per_iteration"] < 3 * counter.get_total_flops()
 
 
-# ---------------------------------------------------------------- 14 dependable: signals, numbers, snapshots, full disks
+# ---------------------------------------------------------------- 15 dependable: signals, numbers, snapshots, full disks
 
 
 def start(*command, cwd):
@@ -1265,7 +1440,7 @@ def test_older_snapshots_are_kept(scenes):
     assert [last("run/stage1", name)["iter"] for name in ("iter0000006.pth", "iter0000008.pth", "last.pth")] == [6, 8, 9]
 
 
-# ---------------------------------------------------------------- 15 the README's commands
+# ---------------------------------------------------------------- 16 the README's commands
 
 
 def test_commands_of_the_readme_parse(monkeypatch):
