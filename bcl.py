@@ -350,12 +350,11 @@ def draw_labels(args, path: Path, G, ema_source, ema_target, thresholds, source,
     for index in (0, len(source) // 2):
         pair = source[0, index]
         labels = pair_labels(args, G, ema_source, ema_target, thresholds, item, pair)
-        pictures = [pair["label"], *labels.values(), item["label"]]
-        source_label, *others = (common.colour(y.cpu().numpy(), args.num_classes) for y in pictures)
         source_image, target_image = (x["image"].permute(1, 2, 0).numpy() for x in (pair, item))
+        source_label, *others = (y.byte().cpu().numpy() for y in (pair["label"], *labels.values(), item["label"]))
         rows.append([source_image, source_label, target_image, *others])
     titles = ["source image", "its label", "target image", *labels, "ground truth"]
-    common.write_grid(path, titles, rows, 200, args.num_classes)
+    common.write_grid(path, titles, rows, args.num_classes)
 
 
 @torch.no_grad()

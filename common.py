@@ -1549,19 +1549,25 @@ def stack(pictures: list) -> np.ndarray:
     return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures])
 
 
-def write_grid(path, titles: list, rows: list, width: int = 256, num_classes: int = 0):
-    """A PNG of pictures (H,W,3) uint8 in rows, one title over each column, every picture scaled to `width` pixels; with
-    num_classes the classes' colours stand below. Columns are as wide as their titles need."""
-    width = max(width, *(round(font().getlength(title)) + 8 for title in titles))
-    pictures = [[Image.fromarray(p).resize((width, round(width * p.shape[0] / p.shape[1]))) for p in row] for row in rows]
-    gap, head = 4, 22
-    heights = [max(picture.height for picture in row) + gap for row in pictures]
-    sheet = Image.new("RGB", (len(titles) * (width + gap) - gap, head + sum(heights)), "white")
+def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 128):
+    """A PNG of rows of pictures, all `height` pixels high, with a title over each column and the classes' colours below.
+    A picture is an image (H,W,3) uint8 or a label (H,W) uint8 of trainIds, which is coloured."""
+
+    def fit(picture):
+        size = max(1, round(height * picture.shape[1] / picture.shape[0])), height
+        if picture.ndim == 3:
+            return resize(Image.fromarray(picture), size, "image")
+        return Image.fromarray(colour(np.asarray(resize(Image.fromarray(picture), size, "label")), num_classes))
+
+    pictures, gap, head = [[fit(picture) for picture in row] for row in rows], 4, 22
+    columns = [[round(font().getlength(title)) + 8, *(p.width for p in column)] for title, column in zip(titles, zip(*pictures))]
+    widths = [max(column) + gap for column in columns]
+    sheet = Image.new("RGB", (sum(widths) - gap, head + len(rows) * (height + gap)), "white")
     for c, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((c * (width + gap) + 4, head // 2), title, "black", font(), anchor="lm")
+        ImageDraw.Draw(sheet).text((sum(widths[:c]) + 4, head // 2), title, "black", font(), anchor="lm")
         for r, row in enumerate(pictures):
-            sheet.paste(row[c], (c * (width + gap), head + sum(heights[:r])))
-    write_png(path, stack([np.asarray(sheet), *([class_legend(num_classes, sheet.width)] if num_classes else [])]))
+            sheet.paste(row[c], (sum(widths[:c]), head + r * (height + gap)))
+    write_png(path, stack([np.asarray(sheet), class_legend(num_classes, sheet.width)]))
 
 
 def grey(map: Tensor) -> np.ndarray:
@@ -1586,9 +1592,8 @@ def write_panel(path, model: DeepLabV2, dataset: Labelled, names: list, device, 
         image, label = dataset.open(index)
         maps = predict_maps([model], dataset[index]["image"][None].to(device))
         prediction, certainty = predict_with(maps, label.size, entropy)
-        coloured = (colour(y, model.num_classes) for y in (np.asarray(label), prediction))
-        rows.append([np.asarray(image), *coloured, np.repeat(certainty[..., None], 3, 2)])
-    write_grid(path, ["image", "ground truth", "prediction", "entropy (black 0, white 1)"], rows, num_classes=model.num_classes)
+        rows.append([np.asarray(image), np.asarray(label), prediction, np.repeat(certainty[..., None], 3, 2)])
+    write_grid(path, ["image", "ground truth", "prediction", "entropy (black 0, white 1)"], rows, model.num_classes)
 
 
 class Series(NamedTuple):

@@ -157,17 +157,17 @@ def write_panel(path: Path, checkpoints: list, models: list, dataset, rows: int,
     for index in chosen:
         image, label = dataset.open(index)
         columns[0].append(np.asarray(image))
-        columns[1].append(common.colour(np.asarray(label), dataset.num_classes))
+        columns[1].append(np.asarray(label))
     for model in models:
         predictions = []
 
         def keep(name, maps, label, prediction, predictions=predictions):
-            predictions.append(common.colour(prediction.cpu().numpy(), dataset.num_classes))
+            predictions.append(prediction.cpu().numpy())
 
         common.evaluate([model], Subset(dataset, chosen), device, on_image=keep, **options)
         columns.append(predictions)
     titles = ["image", "label", *(checkpoint.parent.name for checkpoint in checkpoints)]
-    common.write_grid(path, titles, list(zip(*columns)), num_classes=dataset.num_classes)
+    common.write_grid(path, titles, list(zip(*columns)), dataset.num_classes)
 
 
 def evaluate_labelled(args, models: list, device):

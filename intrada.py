@@ -510,23 +510,23 @@ def rank(args, checkpoint: Path, images: dict):
                     common.link(predictions / f"{name}_{source}.png", folder / kind / f"{name}.png")
             common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in names[:easy]))
             common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in names[easy:]))
-            draw_split(folder, names, images, predictions, {name: entropies[name][key] for name in names}, easy)
+            draw_split(folder, names, images, predictions, {name: entropies[name][key] for name in names}, easy, args.num_classes)
             common.write_text(ranking, table.getvalue())
         print(f"stage 2: {easy} easy and {len(names) - easy} hard images, {ranking}")
     common.wait_for_ranks()
 
 
-def draw_split(folder: Path, names: list, images: dict, predictions: Path, entropies: dict, easy: int):
+def draw_split(folder: Path, names: list, images: dict, predictions: Path, entropies: dict, easy: int, num_classes: int):
     """gallery.png: the easiest and the hardest images with prediction and entropy map; histogram.png: the entropies."""
 
     def row(name):
-        files = images[name], predictions / f"{name}_colour.png", predictions / f"{name}_entropy.png"
-        return [np.asarray(common.open_image(file).convert("RGB")) for file in files]
+        label, entropy = (common.open_image(predictions / f"{name}_{kind}.png") for kind in ("trainids", "entropy"))
+        return [np.asarray(common.read_image(images[name])), np.asarray(label), np.asarray(entropy.convert("RGB"))]
 
     count = min(4, len(names) // 2) or 1
     rows = [row(first) + row(last) for first, last in zip(names[:count], names[::-1][:count])]
     titles = ["image, easiest first", "prediction", "entropy (white: 1)", "image, hardest first", "prediction", "entropy (white: 1)"]
-    common.write_grid(folder / "gallery.png", titles, rows)
+    common.write_grid(folder / "gallery.png", titles, rows, num_classes)
     groups = {"easy": [entropies[name] for name in names[:easy]], "hard": [entropies[name] for name in names[easy:]]}
     title = f"{easy} easy and {len(names) - easy} hard target images"
     common.write_histogram(folder / "histogram.png", groups, title, "entropy R, mean over pixels and classes")

@@ -1118,9 +1118,10 @@ def test_pictures(trained, scenes):
     common.write_panel("out/panel.png", model, dataset, names, torch.device("cpu"), intrada.self_information)
     panel = np.asarray(Image.open("out/panel.png").convert("RGB"))
     image, label = dataset.open(dataset.names.index(names[0]))
-    truth = np.asarray(Image.fromarray(common.colour(np.asarray(label), 19)).resize((256, 256)))
-    assert model.training and np.array_equal(panel[22 : 22 + 256, :256], image.resize((256, 256))) and np.array_equal(panel[22 : 22 + 256, 260:516], truth)
-    assert panel.shape[1] == 4 * 260 - 4 and drawn(panel[22 + 2 * 260 :], common.PALETTE[18]) > 0  # the legend
+    truth = common.colour(np.asarray(label.resize((128, 128), Image.NEAREST)), 19)
+    assert model.training and np.array_equal(panel[22:150, :128], image.resize((128, 128), Image.BICUBIC))
+    assert np.array_equal(panel[22:150, 132:260], truth) and panel.shape[1] >= 4 * 132 - 4
+    assert drawn(panel[22 + 2 * 132 :], common.PALETTE[18]) > 0  # the legend
     common.write_curves("out/curves.png", trained(bcl) / "log.jsonl")
     assert all(drawn(Image.open("out/curves.png"), rgb) > 1e-4 for rgb in common.COLOURS[:7])  # seven terms
     write_log("log.jsonl", "stage1", 0, ())
@@ -1128,7 +1129,7 @@ def test_pictures(trained, scenes):
     common.write_histogram("out/histogram.png", {"easy": [1, 2, 2], "hard": [3]}, "title", "entropy", bins=2)
     chart = np.asarray(Image.open("out/histogram.png"))
     assert drawn(chart[40:300], common.COLOURS[0]) == pytest.approx(3 * drawn(chart[40:300], common.COLOURS[1]), rel=0.1)  # 1 + 2 against 1
-    common.write_grid("out/grid.png", ["a title that is longer than sixteen pixels"], [[np.zeros((4, 4, 3), np.uint8)]], width=16)
+    common.write_grid("out/grid.png", ["a title that is longer than sixteen pixels"], [[np.zeros((4, 4, 3), np.uint8)]], 19, 16)
     assert Image.open("out/grid.png").width > 200
 
 
