@@ -241,7 +241,10 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 
 def normalize(images: Tensor) -> Tensor:
     """RGB 0..255 (B,3,H,W), uint8 or float, to the network's input: float32 BGR 0..255 minus the mean, no division."""
-    return images.flip(1).float() - torch.tensor(MEAN_BGR, device=images.device).view(1, 3, 1, 1)
+    bgr = images.flip(1).float()
+    for channel, mean in enumerate(MEAN_BGR):  # as numbers: a tensor of them would make the host wait for the GPU
+        bgr[:, channel] -= mean
+    return bgr
 
 
 class Prediction(NamedTuple):

@@ -749,6 +749,28 @@ def test_lambda_1_is_self_training(trained, scenes):
     assert {r["split"] for r in ranking("run/stage2")} == {"easy"} and records("run/stage3")[0].get("loss_adv_main") is None
 
 
+def test_several_splits_from_one_inference_pass(trained, scenes):
+    shutil.copytree(trained(intrada) / "stage1", "run/stage1")
+    flags = ["--data-root", scenes, *INTRADA, "--stage", 2, "--out", "run", "--ratio"]
+    with mock.patch.object(common, "predict_maps", wraps=common.predict_maps) as network:
+        succeed(intrada, *flags, 0.3, 0.67, 1.0)
+        assert network.call_count == 10
+        succeed(intrada, *flags, 0.5)  # nor does another λ later on need the network
+        assert network.call_count == 10
+    for ratio, easy in (("0.3", 3), ("0.67", 6), ("1", 10)):
+        folder = Path(f"run/ratio{ratio}/stage2")
+        assert [r["split"] for r in ranking(folder)] == ["easy"] * easy + ["hard"] * (10 - easy) and len(label_names(folder / "labels")) == easy
+        assert [r["name"] for r in ranking(folder)] == [r["name"] for r in ranking("run/stage2")]
+    succeed(intrada, "--data-root", scenes, *INTRADA, "--stage", 3, "--out", "run/ratio0.3")
+    for path in Path("run/ratio0.3/stage2/labels").rglob("*.png"):
+        path.unlink()
+    assert call(intrada, "--data-root", scenes, *INTRADA, "--stage", 3, "--out", "run/ratio0.3", "--overwrite")[0] == 2
+    succeed(intrada, *flags, 0.3, 0.67)  # brings them back
+    assert len(label_names(Path("run/ratio0.3/stage2/labels"))) == 3
+    status, _, err = call(intrada, "--data-root", scenes, *INTRADA, "--stage", "all", "--ratio", 0.3, 0.5)
+    assert status == 2 and "--stage 2" in err
+
+
 def test_source_only_reads_no_target_image(broken):
     for path in (broken / "Cityscapes/leftImg8bit/train").rglob("*.png"):
         path.write_bytes(b"garbage")
@@ -1110,6 +1132,20 @@ def test_compare():
 def drawn(picture, rgb):
     """Share of the pixels that have exactly this colour."""
     return (np.asarray(picture) == rgb).all(2).mean()
+
+
+def test_training_leaves_pictures(trained):
+    """Of every evaluation a panel, BCL's with its labels beside two source images; curves; the ranking's gallery."""
+    for folder, names in ((trained(intrada) / "stage1", ["0000003.png", "0000004.png"]), (trained(bcl), ["0000006.png", "0000006_labels.png"])):
+        assert [p.name for p in sorted((folder / "pictures").iterdir())] == names and (folder / "curves.png").exists()
+    for name in ("gallery.png", "histogram.png"):
+        assert min(Image.open(trained(intrada) / "stage2" / name).size) > 100
+    labels = np.asarray(Image.open(trained(bcl) / "pictures/0000006_labels.png").convert("RGB"))
+    x = sum(max(128, round(common.font().getlength(t)) + 8) + 4 for t in ("source image", "its label"))
+    assert np.array_equal(labels[22:150, x : x + 128], labels[154:282, x : x + 128])  # one target image ...
+    assert (labels[22:150, :128] != labels[154:282, :128]).any()  # beside two source images
+    best = torch.load(trained(intrada) / "stage1/best.pth", weights_only=True)
+    assert best["config"]["target_size"] == "(64, 64)" and best["oracle"]  # what eval.py takes the input's size from
 
 
 def test_pictures(trained, scenes):
