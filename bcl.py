@@ -8,6 +8,7 @@ its dynamic labels are dead code; this file follows the paper.
     python bcl.py --tau 0.8 --momentum 0.999                         demo: built-in scenes, small network, CPU
     python bcl.py --tau 0.8 --momentum 0.999 --data-root DIR         GTA5 -> Cityscapes, ResNet-101, the paper's constants
     python bcl.py --data-root DIR --init FILE --warmup-iters 0       start from given source-only weights
+    torchrun --nproc_per_node=2 bcl.py --data-root DIR               on two GPUs, batch 4 + 4
 
 Where the paper leaves a choice, or this differs from the released code:
 D1  Encoder features are layer4's output (2048-d), not concatenated classifier logits.
@@ -21,6 +22,8 @@ D6  Labels made for the stride-8 map and for the full image agree: a static labe
     is enlarged by nearest-exact.
 D7  A loss over no pixel is 0 with zero gradient (no class in common, a crop that is all ignore).
 D8  An image is never scaled below the crop, so nothing is padded: at the paper's sizes the factor 0.8 becomes 730/850.
+D9  Under torchrun the batch is that of all processes: one EMA, one mean cross-entropy. With --grad-accum each batch moves
+    the EMA and has its own target cross-entropy; only the optimizer step is shared. --lr is not scaled.
 """
 
 import argparse

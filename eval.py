@@ -382,6 +382,15 @@ def mean_std(values: list) -> dict:
     return {"mean": statistics.fmean(values) if values else None, "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
+def as_flag(name: str, value) -> str:
+    """A logged argument as it is typed: --labels static, --no-calibrate, --ratio 0.5."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    values = [f"{v:g}" if isinstance(v, float) else str(v) for v in (value if isinstance(value, list) else [value])]
+    return f"--{flag} {('x' if flag.endswith('size') else ',').join(values)}"
+
+
 def as_text(score: dict) -> str:
     return "-" if score["mean"] is None else f"{score['mean']:.1f}" + ("" if score["std"] is None else f" ± {score['std']:.1f}")
 
@@ -433,7 +442,7 @@ def group_runs(paths: list) -> list:
         values = {"last": [e[metric] for e in evaluations], "best": [e["best"] for e in evaluations]}
         scores = {name: {**mean_std(v), "values": v} for name, v in values.items()}
         per_class = {name: mean_std([e["iou"][name] for e in evaluations]) for name in evaluations[0]["iou"]}
-        label = " ".join([key[0], *(f"{flag}={value}" for flag, value in differing.items())])
+        label = " ".join([key[0], *(as_flag(name, value) for name, value in differing.items())])
         row = {"label": label, "stage": key[0], "flags": settings[key], "seeds": seeds, "metric": metric}
         rows.append({**row, **scores, "iou": per_class})
     return rows

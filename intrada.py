@@ -6,6 +6,8 @@ and 3 are one function, `train`, with other inputs.
 
     python intrada.py                                             demo: built-in scenes, small network, CPU
     python intrada.py --data-root DIR                             GTA5 -> Cityscapes, ResNet-101, the paper's constants
+    torchrun --nproc_per_node=4 intrada.py --data-root DIR        the same on four GPUs, batch 4 + 4
+    python intrada.py --data-root DIR --check                     open every file first, train nothing
     python intrada.py --data-root DIR --stage 2 --ckpt FILE       rank with any checkpoint, say a published AdvEnt one
     python intrada.py --stage 1 --lambda-adv-main 0 --lambda-adv-aux 0      the source-only baseline
 
@@ -19,6 +21,9 @@ D4  D's forward on the target serves its own loss and the adversarial one; the r
 D5  The split has floor(ratio * N) easy images in exact arithmetic; ties are broken by name.
 D6  The demo has no ImageNet weights, so it first trains on source alone (--warmup-iters) and both adversarial stages start
     from that. On real data this is off.
+D7  Several processes (torchrun) or --grad-accum make a batch larger: losses and gradients are those of the whole batch, but
+    BatchNorm normalises each part by its own statistics, and --lr is not scaled. Running statistics are averaged.
+D8  On CUDA the convolutions run in bfloat16 (--no-amp: TF32); losses, entropies and the ranking are float32.
 """
 
 import argparse
@@ -127,7 +132,8 @@ def new_parser(doc: str, defaults: dict) -> tuple:
             paper, demo = map(as_text, defaults[flag[2:].replace("-", "_")])
             help += f" (paper: {paper}, demo: {demo})"
         elif options.get("default") is not None:
-            help += " (default: %(default)s)"
+            several = isinstance(options["default"], list)
+            help += f" (default: {' '.join(map(str, options['default']))})" if several else " (default: %(default)s)"
         group.add_argument(flag, help=help, **options)
 
     def as_text(value):

@@ -1118,9 +1118,9 @@ def test_compare():
     out = succeed(eval_script, "--compare", "runs/[ab]*", "runs", "--save-dir", "out")
     assert "runs/e/log.jsonl: did not end" in out and "1 older runs" in out
     rows = {row["label"]: row for row in json.loads(Path("out/compare.json").read_text())}
-    assert list(rows) == ["bcl", "bcl labels=static", "bcl tau=0.5", "stage1"] and rows["bcl"]["seeds"] == [0, 1, 2] and rows["stage1"]["seeds"] == [0, 1]
+    assert list(rows) == ["bcl", "bcl --labels static", "bcl --tau 0.5", "stage1"] and rows["bcl"]["seeds"] == [0, 1, 2] and rows["stage1"]["seeds"] == [0, 1]
     assert rows["bcl"]["last"]["mean"] == 25 and rows["bcl"]["last"]["std"] == pytest.approx(math.sqrt((25 + 1 + 36) / 2))
-    assert rows["bcl"]["best"]["values"] == [20, 24, 31] and rows["bcl"]["iou"]["road"]["mean"] == 50 and rows["bcl tau=0.5"]["last"]["std"] is None
+    assert rows["bcl"]["best"]["values"] == [20, 24, 31] and rows["bcl"]["iou"]["road"]["mean"] == 50 and rows["bcl --tau 0.5"]["last"]["std"] is None
     text = Path("out/compare.md").read_text()
     assert re.search(r"\| 1 +\| bcl +\| 3 +\| 25\.0 ± 5\.6 +\| 25\.0 ± 5\.6 +\|", text) and re.search(r"\| road +\| 50\.0 ± 11\.1 \| 24\.0", text) and text in out
     assert Image.open("out/compare.png").width >= 900
