@@ -241,8 +241,8 @@ def parse_args() -> argparse.Namespace:
     add(g, "--lambda-seg-aux", "weight of the auxiliary cross-entropy", type=REAL, default=0.1)
     add(g, "--lambda-adv-main", "weight of the adversarial loss on the main head; both 0: source only", type=REAL, default=0.001)
     add(g, "--lambda-adv-aux", "weight of the adversarial loss on the auxiliary head", type=REAL, default=0.0002)
-    ratio_help = "λ, share of easy images; 0.67 is the paper's best, 1 is self-training alone; stage 2 takes several"
-    add(g, "--ratio", ratio_help, type=SHARE, nargs="+", default=[0.67])
+    ratio_help = "λ, share of easy images; 1 is self-training alone; stage 2 takes several (default: 0.67, the paper's best)"
+    add(g, "--ratio", ratio_help, type=SHARE, nargs="+")
     add(g, "--normalize-entropy", "rank by R x ((11 - rare classes)/11 + 0.5), the paper's best row", default=False, **SWITCH)
 
     add_shared_flags(parser, add, "runs/intrada")
@@ -255,7 +255,9 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}, where the learning rate is 0")
     if args.ckpt and args.stage in ("1", "3"):
         raise UserError(f"--ckpt is what stage 2 ranks with; stage {args.stage} starts from --init")
-    if len(args.ratio) > 1 and args.stage != "2":
+    if args.ratio is None and args.stage != "3":  # stage 3 finds it in the ranking
+        args.ratio = [0.67]
+    if args.stage != "2" and args.ratio and len(args.ratio) > 1:
         raise UserError(f"--ratio: several values are for --stage 2, which writes a split for each; --stage {args.stage} takes one")
     if args.num_classes != 19 and args.normalize_entropy:
         raise UserError("--normalize-entropy counts 11 rare classes of the 19: it needs --num-classes 19")
@@ -548,7 +550,8 @@ def easy_count(ratio: float, images) -> int:
 
 
 def read_split(args, images: dict) -> tuple:
-    """Stage 2's result: ({name: (image, pseudo label)} of the easy images, {name: image} of the hard ones)."""
+    """Stage 2's result: ({name: (image, pseudo label)} of the easy images, {name: image} of the hard ones). Fills in
+    args.ratio if stage 3 was not given one."""
     folder, ranking = args.out / "stage2", args.out / "stage2" / "ranking.csv"
     if not ranking.exists():
         raise UserError(f"no {ranking}: run intrada.py --stage 2 --out {args.out} first")
@@ -563,6 +566,10 @@ def read_split(args, images: dict) -> tuple:
     if len(rows) != len(images) or len(splits) != len(images) or not set(splits.values()) <= {"easy", "hard"}:
         raise UserError(f"{ranking} does not rank each of the {len(images)} target images once as easy or hard: run --stage 2 again")
     easy = [name for name, split in splits.items() if split == "easy"]
+    if args.ratio is None:
+        args.ratio = [0.67 if len(easy) == easy_count(0.67, images) else round(len(easy) / len(images), 4)]
+    elif len(easy) != easy_count(args.ratio[0], images):
+        raise UserError(f"--ratio {args.ratio[0]:g} is not that of {ranking}: run --stage 2 with it, or leave it out")
     if not easy:
         raise UserError(f"the easy split in {ranking} is empty: raise --ratio and run --stage 2 again")
     pairs = {name: (images[name], folder / "labels" / f"{name}.png") for name in easy}

@@ -762,6 +762,9 @@ def test_several_splits_from_one_inference_pass(trained, scenes):
         assert [r["split"] for r in ranking(folder)] == ["easy"] * easy + ["hard"] * (10 - easy) and len(label_names(folder / "labels")) == easy
         assert [r["name"] for r in ranking(folder)] == [r["name"] for r in ranking("run/stage2")]
     succeed(intrada, "--data-root", scenes, *INTRADA, "--stage", 3, "--out", "run/ratio0.3")
+    assert [r["args"]["ratio"] for r in records("run/ratio0.3/stage3", "start")] == [[0.3]]
+    status, _, err = call(intrada, "--data-root", scenes, *INTRADA, "--stage", 3, "--out", "run/ratio1", "--ratio", 0.5)
+    assert status == 2 and "--ratio 0.5" in err
     for path in Path("run/ratio0.3/stage2/labels").rglob("*.png"):
         path.unlink()
     assert call(intrada, "--data-root", scenes, *INTRADA, "--stage", 3, "--out", "run/ratio0.3", "--overwrite")[0] == 2
