@@ -1229,10 +1229,11 @@ class StopSignal:
             self.number, self.since = number, time.monotonic()
             print("\nstopping: one more iteration, then a save; --resume goes on from there", file=sys.stderr, flush=True)
 
-    def agree(self):
-        """A signal to one rank is a signal to all."""
+    def agree(self) -> int:
+        """The signal that came, to this or another rank; 0 for none."""
         if world() > 1:
             self.number = int(over_ranks(torch.tensor(self.number), "MAX"))
+        return self.number
 
     def leave(self):
         """Exit with 143 or 130 if a signal came."""
@@ -1398,7 +1399,7 @@ class Run:
         names: its images, keep: save in any case, more: further entries of the log record. The only place that waits
         for the GPU.
         """
-        args, pause = self.args, time.perf_counter()
+        args = self.args
         if self.counter:
             self.counter.__exit__(None, None, None)
             self.flops, self.counter = self.counter.get_total_flops(), None
@@ -1406,14 +1407,14 @@ class Run:
         active = [term for term, value in terms[0].items() if value is not None]
         values = torch.stack([torch.stack([batch[term].detach().float() for term in active]) for batch in terms]).mean(0)
         self.since_check.append((done, names, values))
-        self.signal.agree()
+        stopping = self.signal.agree()  # once: a signal from here on waits for the next iteration
         evaluating = self.validation and (done == self.iters or (args.eval_every and done % args.eval_every == 0))
-        saving = evaluating or keep or done == self.iters or done % args.save_every == 0 or self.signal.number
+        saving = evaluating or keep or done == self.iters or done % args.save_every == 0 or stopping
         logging = evaluating or done == self.iters or done % args.log_every == 0
         if saving or logging:
             values = over_ranks(self.check_numbers(active)) / world()
+        pause = time.perf_counter()
         if logging:
-            pause = time.perf_counter()  # after the GPU was waited for
             seconds = pause - self.clock
             rate = (done - self.last) / seconds
             speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate, "tflops": self.flops and rate * self.flops / 1e12}
@@ -1424,7 +1425,8 @@ class Run:
             self.log.show(f"{self.name} {done}/{self.iters}  {text}  {rate:.2f} it/s  {left:.1f} min left", done == self.iters)
         if saving:
             self.save(done, pending=bool(evaluating))
-        self.signal.leave()
+        if stopping:
+            self.signal.leave()
         if evaluating:
             self.evaluate(done)
         self.clock += time.perf_counter() - pause  # neither logging, saving nor evaluating counts as training time
@@ -1491,12 +1493,12 @@ class Run:
                 if improved:
                     content = {"iter": done, "scores": self.result, "config": self.config, "oracle": True}
                     save_checkpoint(self.folder / "best.pth", self.model, **content)
-        set_mode(self.model, self.args.bn)
         self.save(done, pending=False)
 
     def close(self):
         self.log.close()
         self.signal.close()
+        self.signal.leave()
         wait_for_ranks()  # until last.pth is there for all
 
 
