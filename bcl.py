@@ -16,7 +16,8 @@ D2  Each parameter is in the optimizer once; --lr-backbone-mult 3 keeps the spee
 D3  Prototypes of a class are averaged over the images of a batch that hold it before the EMA moves; the losses use each
     pair's own prototypes. Batch size is free.
 D4  The poly decay runs within a round and starts again, at half the learning rate, in the next.
-D5  Static thresholds come from confidence histograms of 65,536 linear bins: exact to 1.5e-5 in confidence. "The image's
+D5  Static thresholds come from confidence histograms of 65,536 bins, linear in -log(1 - p): they tell confidences apart as
+    long as float32 does, which bins linear in p do not where networks are sure (above 0.99998). "The image's
     own top r" is over all its pixels, of any class.
 D6  Labels made for the stride-8 map and for the full image agree: a static label is picked by nearest-exact, a dynamic one
     is enlarged by nearest-exact.
@@ -27,6 +28,7 @@ D9  Under torchrun the batch is that of all processes: one EMA, one mean cross-e
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -38,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import StackDataset, Subset
 
 import common
 from common import IGNORE
@@ -208,21 +211,29 @@ def hybrid_labels(static: Tensor, dynamic: Tensor) -> Tensor:
     return torch.where(static != IGNORE, static.long(), dynamic.long())
 
 
-BINS = 65_536  # of the confidence histograms; confidences are kept as 16-bit PNGs between counting and cutting
+BINS, TOP = 65_536, 17.0  # bins of the confidence histograms, over -log(1 - p) from 0 to TOP, where float32 ends
+
+
+def confidence_bins(confidence: Tensor) -> Tensor:
+    """Confidences in [0, 1] to bins 0..BINS-1 (int64), which are kept as 16 bits between counting and cutting."""
+    return (-torch.log1p(-confidence.double()) * (BINS / TOP)).clamp(max=BINS - 1).long()
+
+
+def bin_confidence(bins: Tensor) -> Tensor:
+    """The lower edge of bins as a confidence (float64); 1 from bin BINS on."""
+    return torch.where(bins < BINS, 1 - torch.exp(-bins.double() * TOP / BINS), 1.0)
 
 
 def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
-    """Confidence of each class above which the top `ratio` of its pixels lie.
+    """Bin of each class from which on the top `ratio` of its pixels lie.
 
-    histogram (C,bins): pixels predicted as class c by confidence, bin b = [b, b+1) / bins -> thresholds (C,) float64 in
-    [0, 1], the lower edge of the highest bin b such that the bins from b up hold at least ratio of the class's pixels.
-    A class without a pixel gets 1, as does every class at ratio 0.
+    histogram (C,bins): pixels predicted as class c by confidence bin -> (C,) int64, the highest bin b such that the bins
+    from b up hold at least ratio of the class's pixels. A class without a pixel gets the number of bins, which no pixel
+    reaches, as does every class at ratio 0.
     """
-    bins = histogram.shape[1]
     from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (C, bins): pixels in bin b and above
     enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # from_top falls with b, so this counts b = 0 .. the one sought
-    threshold = (enough - 1).double() / bins
-    return torch.where((from_top[:, 0] > 0) & (ratio > 0), threshold, torch.ones_like(threshold))
+    return torch.where((from_top[:, 0] > 0) & (ratio > 0), enough - 1, histogram.shape[1])
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
@@ -263,18 +274,18 @@ def predict(G, image: Tensor, out_size: tuple) -> tuple:
     logits = G(common.normalize(image[None])).main
     best = [block[0].softmax(0).max(0) for _, block in common.upsample_blocks(logits, out_size)]
     confidence, label = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
-    return label.to(torch.uint8), (confidence.double() * BINS).long().clamp(max=BINS - 1)
+    return label.to(torch.uint8), confidence_bins(confidence)
 
 
 @torch.no_grad()
 def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
     """Write <folder>/labels/<name>.png and <folder>/colour/<name>.png for every target image.
 
-    Returns the thresholds (C,) in [0, 1] and the share of labelled pixels in percent.
+    Returns the thresholds (C,) in bins and the share of labelled pixels in percent.
 
-    One pass of the network leaves prediction and confidence on disk, as a draft for each image, and fills the histograms;
-    a second pass over those files cuts at the thresholds. Memory does not grow with the number of images. Every file says
-    inside which network and settings it is of; what is there already is not made again. Ranks share the images.
+    One pass of the network leaves prediction and confidence on disk, as a draft for each image; the files fill the
+    histograms, and are cut at the thresholds. Memory does not grow with the number of images. Every file says inside which
+    network and settings it is of; what is there already is not made again. Ranks share the images.
     """
     C, palette, draft, device = args.num_classes, common.palette_for(args.num_classes), folder / "draft", args.device
     digest = hashlib.sha256(str((args.target_size, args.static_ratio, len(images))).encode())
@@ -286,14 +297,13 @@ def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
         return common.png_text(path).get("origin") == origin["origin"]
 
     labels = {name: folder / "labels" / f"{name}.png" for name in images}
-    if not all(map(finished, labels.values())) or not (folder / "thresholds.json").exists():
-        G = common.inference_copy(G)
-        missing = {name: path for name, path in images.items() if not finished(draft / f"{name}.png")}
+    if not all(map(finished, labels.values())) or read_thresholds(folder).get("origin") != origin["origin"]:
+        missing, G = {name: path for name, path in images.items() if not finished(draft / f"{name}.png")}, common.inference_copy(G)
         common.wait_for_ranks()  # until all have looked
         for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
             label, bins = predict(G, item["image"].to(device, non_blocking=True), args.target_size)
             both = torch.stack([label.long(), bins // 256, bins % 256], 2).byte()  # (H, W, 3)
-            common.write_png(draft / f"{item['name']}.png", both.cpu().numpy(), text=origin)
+            common.write_png(draft / f"{item['name']}.png", both.cpu().numpy(), text=origin, compress_level=1)
         common.wait_for_ranks()
         histogram = torch.zeros(C, BINS, dtype=torch.int64)
         mine = list(images)[common.rank() :: common.world()]
@@ -303,21 +313,24 @@ def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
         thresholds = class_thresholds(common.over_ranks(histogram), args.static_ratio)
         for name in mine:
             if not finished(labels[name]):
-                static = choose_static(*read_draft(draft / f"{name}.png"), thresholds * BINS, args.static_ratio).byte().numpy()
+                static = choose_static(*read_draft(draft / f"{name}.png"), thresholds, args.static_ratio).byte().numpy()
                 common.write_png(folder / "colour" / f"{name}.png", static, palette)
                 common.write_png(labels[name], static, text={**origin, "labelled": str((static != IGNORE).mean())})
         common.wait_for_ranks()
         if common.rank() == 0:
-            common.write_text(folder / "thresholds.json", json.dumps(thresholds.tolist()))
-            shutil.rmtree(draft)
+            content = {**origin, "confidence": bin_confidence(thresholds).tolist(), "bins": thresholds.tolist()}
+            common.write_text(folder / "thresholds.json", json.dumps(content))
         common.wait_for_ranks()
+    if common.rank() == 0:
+        shutil.rmtree(draft, ignore_errors=True)
     labelled = sum(float(common.png_text(path)["labelled"]) for path in labels.values())
-    return read_thresholds(folder), 100 * labelled / len(images)
+    return torch.tensor(read_thresholds(folder)["bins"]), 100 * labelled / len(images)
 
 
-def read_thresholds(folder: Path) -> Tensor:
-    """(C,) float64 confidences of a round's static labels."""
-    return torch.tensor(json.loads((folder / "thresholds.json").read_text()), dtype=torch.float64)
+def read_thresholds(folder: Path) -> dict:
+    """{"origin", "confidence", "bins"} of a round's static labels; {} while they are not finished."""
+    path = folder / "thresholds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_draft(path) -> tuple:
@@ -326,33 +339,35 @@ def read_draft(path) -> tuple:
     return label, high * 256 + low
 
 
-@torch.no_grad()
-def pair_labels(args, G, ema_source, ema_target, thresholds, item: dict, pair: dict) -> dict:
-    """{"static", "dynamic", "hybrid": (H,W) int64 labels} of a validation item, at its label's size, beside a source item.
+def label_networks(args, G) -> tuple:
+    """Copies of G that label validation images, with G's weights: one in training mode with running statistics of its own,
+    for the features, and one for static predictions. Neither is compiled."""
+    own = copy.deepcopy(G, {id(p): p for p in G.parameters()})
+    common.set_mode(own, args.bn)
+    return own, common.inference_copy(G)
 
-    Features are taken in training mode, as in training; the running statistics that this moves are put back.
-    """
-    device, backup = args.device, {name: b.clone() for name, b in G.named_buffers()}
-    label, bins = predict(common.inference_copy(G), item["image"].to(device), args.target_size)
-    static = choose_static(label, bins, (thresholds * BINS).to(device), args.static_ratio)
-    common.set_mode(G, args.bn)
+
+@torch.no_grad()
+def pair_labels(args, networks: tuple, ema_source, ema_target, thresholds, item: dict, pair: dict) -> dict:
+    """{"static", "dynamic", "hybrid": (H,W) int64 labels} of a validation item, at its label's size, beside a source item."""
+    device, (G, lean) = args.device, networks
+    label, bins = predict(lean, item["image"].to(device), args.target_size)
+    static = choose_static(label, bins, thresholds.to(device), args.static_ratio)
     S = G(common.normalize(pair["image"][None].to(device))).features
     T = G(common.normalize(item["image"][None].to(device))).features
     prototypes, present = class_prototypes(S[0], downsample(pair["label"][None].to(device), S)[0], args.num_classes)
     calibrated = calibrate(prototypes, present, ema_source, ema_target) if args.calibrate else prototypes
     dynamic = dynamic_labels(T[0], calibrated, present, args.tau)
     static, dynamic = (downsample(y[None], item["label"])[0] for y in (static, dynamic))
-    for name, b in G.named_buffers():
-        b.copy_(backup[name])
     return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
 
 
 def draw_labels(args, path: Path, G, ema_source, ema_target, thresholds, source, validation):
     """The paper's figure: the labels of one target image beside two source images. Dynamic ones change with the source."""
-    item, rows = validation[0], []
+    item, rows, networks = validation[0], [], label_networks(args, G)
     for index in (0, len(source) // 2):
         pair = source[0, index]
-        labels = pair_labels(args, G, ema_source, ema_target, thresholds, item, pair)
+        labels = pair_labels(args, networks, ema_source, ema_target, thresholds, item, pair)
         source_image, target_image = (x["image"].permute(1, 2, 0).numpy() for x in (pair, item))
         source_label, *others = (y.byte().cpu().numpy() for y in (pair["label"], *labels.values(), item["label"]))
         rows.append([source_image, source_label, target_image, *others])
@@ -368,12 +383,12 @@ def label_statistics(args, G, ema_source, ema_target, thresholds, source, valida
     Coverage is the share of labelled pixels (per class: of the class's true pixels), accuracy the share of right ones
     among the labelled (per class: among those given that label); 255 in the ground truth is left out.
     """
-    C, device = args.num_classes, args.device
+    C, device, networks = args.num_classes, args.device, label_networks(args, G)
+    partners = Subset(source, [(i, i * 7919 % len(source)) for i in range(len(validation))])  # fixed and well mixed
     counts = {kind: torch.zeros(C, C + 1, dtype=torch.int64, device=device) for kind in ("static", "dynamic", "hybrid")}
-    for i in range(common.rank(), len(validation), common.world()):
-        item, pair = validation[i], source[i, i * 7919 % len(source)]  # a fixed, well mixed partner
+    for item, pair in common.one_by_one(StackDataset(validation, partners), args.workers, device):
         truth = item["label"].to(device)
-        for kind, y in pair_labels(args, G, ema_source, ema_target, thresholds, item, pair).items():
+        for kind, y in pair_labels(args, networks, ema_source, ema_target, thresholds, item, pair).items():
             pairs = truth.long() * (C + 1) + y.clamp(max=C)  # column C: no label
             counts[kind] += torch.bincount(pairs[truth < C], minlength=C * (C + 1)).view(C, C + 1)
 
@@ -419,14 +434,15 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     """
     device, n, C, warmup = args.device, args.grad_accum, args.num_classes, target_images is None
     folder = args.out / "warmup" if warmup else args.out
-    common.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     G = common.DeepLabV2(C, args.layers, args.width, aux=False)
     report = common.load_weights(G, initial) if initial is not None else "random initial weights"
     G.to(device).checkpoint_activations = args.checkpoint_activations
     groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
     optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
     ema_source, ema_target = (PrototypeEMA(C, 32 * args.width, args.momentum).to(device) for _ in range(2))
-    total, config = rounds * iters, training_config(args, name, rounds, iters, base_lr)
+    total, names = rounds * iters, [*source_pairs, *(target_images or ())]
+    config = training_config(args, name, names, rounds, iters, base_lr)
     parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}
     about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}, {batch_text(args)}"
     short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
@@ -434,11 +450,12 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
 
     def draw(path, done):
-        thresholds = read_thresholds(folder / f"round{(done - 1) // iters}")
+        thresholds = torch.tensor(read_thresholds(folder / f"round{(done - 1) // iters}")["bins"])
         draw_labels(args, path, G, ema_source, ema_target, thresholds, source, validation)
 
-    drawing = self_information, None if warmup else draw
-    run = common.Run(args, name, folder, config, total, G, parts, validation, about, args.overwrite, *drawing)
+    run = common.Run(
+        args, name, folder, config, total, G, parts, validation, about, self_information, draw=None if warmup else draw
+    )
     if run.finished:
         return run.result
     autocast, (ce, mean_entropy) = precision_and_compiler(args, G, [segmentation_loss, entropy_loss])
@@ -446,8 +463,8 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
     for it in range(run.start, total):
         round_, step = divmod(it, iters)
         if it == run.start or step == 0:  # a new round, or the one to be gone on with
-            batches = (args.batch_size, it * n, (round_ + 1) * iters * n, args.workers, device)
-            source_batches = common.training_batches(source, args.seed, *batches)
+            rest = (args.batch_size, it * n, (round_ + 1) * iters * n, args.workers, device)
+            source_batches = common.training_batches(source, args.seed, *rest)
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
@@ -455,7 +472,7 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
                         begin_round(args, run, it, round_, G, ema_source, ema_target, source, target_images, labels_folder)
                 static_pairs = {key: (image, labels_folder / "labels" / f"{key}.png") for key, image in target_images.items()}
                 target = common.Labelled(static_pairs, "folder", C, same_aspect=False, transform=transform, seed=args.seed + 1)
-                target_batches = common.training_batches(target, args.seed + 1, *batches)
+                target_batches = common.training_batches(target, args.seed + 1, *rest)
             common.set_mode(G, args.bn)
             run.restart_clock(it)
         lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
@@ -482,10 +499,11 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
                     T = G(common.normalize(target_batch["image"].to(device, non_blocking=True)))
                 target_logits = upsample(T.main, *static_full.shape[1:])
                 y_source, static = downsample(y_source_full, S.main), downsample(static_full, T.main)  # (B, h, w)
+                f_source, f_target = S.features.float(), T.features.float()  # (B, D, h, w)
                 pairs = range(len(static))
 
                 # -------- p_S -> μ_S -> ξ, p_{S→T} -> y_D -> y_T -> p_T -> μ_T, per pair of a source and a target image
-                source_prototypes = [class_prototypes(S.features[b], y_source[b], C) for b in pairs]
+                source_prototypes = [class_prototypes(f_source[b], y_source[b], C) for b in pairs]
                 ema_source.update(*batch_mean(source_prototypes))
                 y_target, y_target_full = static, static_full
                 if args.labels != "static":
@@ -494,19 +512,19 @@ def train(args, name: str, source_pairs: dict, target_images, validation, initia
                         prototypes, present = source_prototypes[b]
                         if args.calibrate:
                             prototypes = calibrate(prototypes, present, ema_source, ema_target)
-                        dynamic.append(dynamic_labels(T.features[b], prototypes, present, args.tau))
+                        dynamic.append(dynamic_labels(f_target[b], prototypes, present, args.tau))
                     y_target = torch.stack(dynamic)  # (B, h, w), y_D
                     y_target_full = downsample(y_target, static_full)  # enlarged to (B, H, W)
                     if args.labels == "hybrid":
                         y_target, y_target_full = hybrid_labels(static, y_target), hybrid_labels(static_full, y_target_full)
-                target_prototypes = [class_prototypes(T.features[b], y_target[b], C) for b in pairs]
+                target_prototypes = [class_prototypes(f_target[b], y_target[b], C) for b in pairs]
                 ema_target.update(*batch_mean(target_prototypes))
 
                 # -------- L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
                 loss_ce_target = ce(target_logits, y_target_full, labelled_pixels([y_target_full]))
                 loss_ent_source, loss_ent_target = mean_entropy(source_logits), mean_entropy(target_logits)
-                forward = [contrastive_loss(T.features[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs]
-                backward = [contrastive_loss(S.features[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs]
+                forward = [contrastive_loss(f_target[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs]
+                backward = [contrastive_loss(f_source[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs]
                 loss_fcl, loss_bcl = sum(forward) / len(pairs), sum(backward) / len(pairs)
                 loss = (
                     args.lambda_ce * (loss_ce_source + args.target_weight * loss_ce_target)
@@ -535,7 +553,7 @@ def begin_round(args, run, it: int, round_: int, G, ema_source, ema_target, sour
         statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, run.validation)
         texts = (f"{kind} {s['coverage']:.0f} % at {s['accuracy'] or 0:.0f} % right" for kind, s in statistics.items())
         run.log.show(f"round {round_}: labels on val: {'  '.join(texts)}", True)
-    record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds.tolist()}
+    record = {"round": round_, "train_static_coverage": coverage, "thresholds": bin_confidence(thresholds).tolist()}
     run.log.write(iter=it + 1, event="labels", **record, **statistics)
 
 
@@ -563,6 +581,8 @@ def main():
     for labelled in (source, validation):  # readable at all, before weights are fetched
         if labelled:
             labelled.look()
+    if args.overwrite:
+        common.start_over([args.out, *([args.out / "warmup"] if args.warmup_iters else [])])
     weights = common.initial_weights(args.init)
     if args.warmup_iters:
         schedule = (1, args.warmup_iters, args.warmup_lr)
@@ -574,4 +594,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.launch(main)

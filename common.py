@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pickle
-import random
 import shutil
 import signal
 import struct
@@ -46,6 +45,9 @@ from torchvision.models.resnet import Bottleneck
 # ---------------------------------------------------------------- 1 errors and files
 
 
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error, struct.error)  # what Pillow raises on broken files
+
+
 class UserError(Exception):
     """Something the user can put right: one sentence that names the file or flag and what to do."""
 
@@ -61,19 +63,21 @@ def as_sentence(error: Exception):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of memory" in text):
         return (
-            "out of GPU memory: lower --batch-size (--grad-accum makes up for it) or the image sizes (--source-size,"
-            " --target-size, --crop), or add --amp or --checkpoint-activations"
+            "out of GPU memory: lower --batch-size (in training --grad-accum makes up for it) or the image sizes (--source-size,"
+            " --target-size, --crop, --input-size); in training also add --amp or --checkpoint-activations"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-        return "out of memory: lower --batch-size, --workers, --width or the image sizes (--source-size, --target-size, --crop)"
+        return "out of memory: lower --batch-size, --workers or the image sizes (--source-size, --target-size, --crop, --input-size)"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a process that reads images died ({text}): lower --workers or --batch-size, or give it more (shared) memory"
+    if isinstance(error, dist.DistError) or (world() > 1 and isinstance(error, RuntimeError) and "peer" in text):
+        return "another of torchrun's processes ended; its message says why"
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or text}; check the path, its permissions and the disk"
     return None
 
 
-def run(main):
+def launch(main):
     """Call a script's main(); what `as_sentence` knows becomes one line on stderr and exit status 2, an interrupt 130."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves through the clean-up of half-written files
     for stream in (sys.stdout, sys.stderr):  # a terminal without λ, a path that is no UTF-8: print escapes, do not fail
@@ -89,7 +93,10 @@ def run(main):
         sentence = as_sentence(error)
         if sentence is None:
             raise
-        sys.exit(print(f"error: {sentence}", file=sys.stderr) or 2)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # without the clean-up of its processes, which may wait for the others
+            os._exit(2)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -141,10 +148,10 @@ def write_text(path, text: str):
         file.write(text.encode())
 
 
-def write_png(path, array: np.ndarray, palette=None, text=None):
+def write_png(path, array: np.ndarray, palette=None, text=None, compress_level: int = 6):
     """(H,W) uint8 labels, in colour if a palette (C,3) is given, or an (H,W,3) uint8 image, as PNG.
 
-    text: {key: value} kept inside the file, for `png_text`.
+    text: {key: value} kept inside the file, for `png_text`. compress_level: 1 is five times as fast for noisy content.
     """
     image, info = Image.fromarray(array), PngImagePlugin.PngInfo()
     if palette is not None:  # trainId PNGs stay readable as numbers: the palette only changes how they look
@@ -152,7 +159,7 @@ def write_png(path, array: np.ndarray, palette=None, text=None):
     for key, value in (text or {}).items():
         info.add_text(key, value)
     with atomic_write(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+        image.save(file, format="PNG", pnginfo=info, compress_level=compress_level)
 
 
 def png_text(path) -> dict:
@@ -160,7 +167,7 @@ def png_text(path) -> dict:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):
+    except (*DAMAGE, Image.DecompressionBombError):
         return {}
 
 
@@ -250,7 +257,7 @@ def normalize(images: Tensor) -> Tensor:
 class Prediction(NamedTuple):
     main: Tensor  # (B, C, h, w) logits of layer6, at stride 8
     aux: Tensor  # (B, C, h, w) logits of layer5, or None for a network without the auxiliary head
-    features: Tensor  # (B, D, h, w) encoder output (layer4), D = 32 * width: 2048 in the papers
+    features: Tensor  # (B, D, h, w) encoder output (layer4), D = 32 * width: 2048 in the papers; bfloat16 under autocast
 
 
 class AtrousHead(nn.Module):
@@ -314,7 +321,7 @@ class DeepLabV2(nn.Module):
         middle = self.blocks(self.layer3, x)  # (B, 16*width, H/8, W/8)
         features = self.blocks(self.layer4, middle)  # (B, 32*width, H/8, W/8)
         # float(): under autocast the convolutions give bfloat16, but losses and entropies are taken in float32.
-        return Prediction(self.layer6(features).float(), self.layer5(middle).float() if self.layer5 else None, features.float())
+        return Prediction(self.layer6(features).float(), self.layer5(middle).float() if self.layer5 else None, features)
 
     def blocks(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
@@ -372,10 +379,9 @@ def upsample_blocks(maps, size: tuple, rows: int = 0):
     for logits in maps:
         # Output row i of H reads input row i(h-1)/(H-1) of h: mix the two neighbours here, leave x to F.interpolate.
         h = logits.shape[2]
-        position = torch.arange(height, dtype=torch.float64) * ((h - 1) / max(height - 1, 1))
+        position = torch.arange(height, dtype=torch.float64, device=logits.device) * ((h - 1) / max(height - 1, 1))
         above = position.long().clamp(max=max(h - 2, 0))
-        weight = (position - above).to(logits.device, logits.dtype).view(-1, 1)
-        corners.append((above.to(logits.device), (above + 1).clamp(max=h - 1).to(logits.device), weight))
+        corners.append((above, (above + 1).clamp(max=h - 1), (position - above).to(logits.dtype).view(-1, 1)))
     for first in range(0, height, rows):
         part, total = slice(first, first + rows), 0
         for logits, (above, below, weight) in zip(maps, corners):
@@ -521,7 +527,7 @@ def build_model(path) -> tuple:
         num_classes, width = state["layer6.conv2d_list.0.bias"].shape[0], state["conv1.weight"].shape[0]
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} has no trained classifier (layer6): evaluate a checkpoint, not initial weights")
-    if not (2 <= num_classes <= 255 and 1 <= width <= 1024 and max(layers) <= len(state)):  # before it is built
+    if not (2 <= num_classes <= 255 and 2 <= width <= 1024 and max(layers) <= len(state)):  # before it is built
         raise UserError(f"{path}: {num_classes} classes, width {width}, blocks {layers} are no DeepLab-V2: the file is damaged")
     model = DeepLabV2(num_classes, layers, width, aux=any(n.startswith("layer5.") for n in state))
     return model, load_weights(model, content, path)
@@ -668,7 +674,7 @@ def open_image(path, low_bytes: bool = False, formats=("PNG", "JPEG")) -> Image.
         raise UserError(f"{path} is no {' or '.join(formats)} file, or is cut off in its first bytes: bring it again")
     except PermissionError:
         raise UserError(f"cannot read {path}: change its permissions")
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error, struct.error) as error:
+    except DAMAGE as error:
         raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
 
 
@@ -677,7 +683,7 @@ def verify_file(path):
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             image.verify()
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error, struct.error) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} can be decoded, but is damaged ({error}): bring it again")
 
 
@@ -842,7 +848,8 @@ def _loader(dataset, workers, device, **options):
 
 
 def leave_signals(worker: int):
-    """In a reading process: an interrupt is the training process's business, SIGTERM ends the reader as usual."""
+    """In a reading process: signals to the whole group of processes are the training process's business alone."""
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1121,7 +1128,7 @@ def check(args, datasets: dict, model: DeepLabV2, files: float):
                 attempt(dataset.look)
     if args.init not in ("none", "imagenet"):
         attempt(lambda: print(f"--init {args.init}: {load_weights(model, initial_weights(args.init))}"))
-    folder, present = nearest_folder(args.out), sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    folder, present = nearest_folder(args.out), sum({s.st_ino: s.st_size for s in (path.stat() for path in args.out.rglob("*") if path.is_file())}.values())
     free = shutil.disk_usage(folder).free
     print(f"disk: the run writes up to {files / 1e9:.2f} GB, {present / 1e9:.2f} are there; {folder} has {free / 1e9:.2f} free")
     if files - present > free:
@@ -1198,12 +1205,6 @@ def set_up(name) -> torch.device:
     return device
 
 
-def seed_everything(seed: int):
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def save_checkpoint(path, model: DeepLabV2, **state):
     """The one place where a checkpoint is made: header, network (architecture readable off the tensors), the rest."""
     content = {"format": FORMAT, "model": model.state_dict(), **state}
@@ -1227,12 +1228,13 @@ class StopSignal:
             os._exit(128 + number)
         if not self.number:
             self.number, self.since = number, time.monotonic()
-            print("\nstopping: one more iteration, then a save; --resume goes on from there", file=sys.stderr, flush=True)
+            os.write(2, b"\nstopping: one more iteration, then a save; --resume goes on from there\n")  # print may be at work
 
     def agree(self) -> int:
         """The signal that came, to this or another rank; 0 for none."""
         if world() > 1:
-            self.number = int(over_ranks(torch.tensor(self.number), "MAX"))
+            known, self.number = self.number, int(over_ranks(torch.tensor(self.number), "MAX"))
+            self.since = self.since if known else time.monotonic()
         return self.number
 
     def leave(self):
@@ -1269,7 +1271,9 @@ class RunLog:
                 with contextlib.suppress(ValueError):
                     if keep(json.loads(line)):
                         kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept or [json.dumps({**versions(), **header}, default=str)]))
+        if not kept or '"event": "start"' not in kept[0]:
+            kept.insert(0, json.dumps({**versions(), **header}, default=str))
+        write_text(path, "".join(line + "\n" for line in kept))
         with writing(self.path):
             self.file = open(path, "a")
         if tensorboard:
@@ -1295,21 +1299,26 @@ class RunLog:
 
 
 def versions() -> dict:
-    here = Path(__file__).parent
+    git = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10)
-        git = out.stdout.strip() or None
-        return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": git}
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": None}
+        command = ["git", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": git}
 
 
-def resume_state(folder, config: dict, iters: int, resume: bool, overwrite: bool):
+def start_over(folders: list):
+    """--overwrite: remove what earlier trainings left in these folders, all at once and before the first of the new ones."""
+    if rank() == 0:
+        for folder in folders:
+            for name in ("last.pth", "best.pth", "iter*.pth", "pictures", "curves.png", "tensorboard", "round*"):
+                for path in folder.glob(name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    wait_for_ranks()
+
+
+def resume_state(folder, config: dict, iters: int, resume: bool):
     """The checkpoint to go on from, or None for a fresh start; refuses to mix or overwrite runs silently."""
     last = Path(folder) / "last.pth"
-    if overwrite and rank() == 0:  # at once, so that a later --resume cannot pick up what was to be replaced
-        for path in (last, last.with_name("best.pth"), *last.parent.glob("iter*.pth")):
-            path.unlink(missing_ok=True)
-    wait_for_ranks()
     if not last.exists():
         return None
     state = read_checkpoint(last)
@@ -1340,11 +1349,11 @@ class Run:
     """
 
     def __init__(
-        self, args, name: str, folder, config: dict, iters: int, model, parts: dict, validation, about, overwrite: bool, entropy, draw=None
+        self, args, name: str, folder, config: dict, iters: int, model, parts: dict, validation, about: str, entropy, draw=None
     ):
         self.args, self.name, self.folder, self.config, self.iters = args, name, Path(folder), config, iters
         self.model, self.parts, self.validation, self.entropy, self.draw = model, parts, validation, entropy, draw
-        state = resume_state(folder, config, iters, args.resume, overwrite)
+        state = resume_state(folder, config, iters, args.resume)
         progress = state or {"iter": 0, "best": -1.0, "scores": None}
         self.start, self.best, self.result = progress["iter"], progress["best"], progress["scores"]
         self.flops, self.panel = progress.get("flops"), progress.get("panel")  # panel: validation images in the pictures
@@ -1372,6 +1381,7 @@ class Run:
         self.signal = StopSignal()
         print(f"{name}: {about}" + (f"; goes on from iteration {self.start}" if self.start else ""))
         self.since_check, self.counter = [], None
+        reset_peak_memory()
         if pending:
             self.evaluate(self.start)
         self.finished = self.start >= iters
@@ -1419,19 +1429,22 @@ class Run:
             rate = (done - self.last) / seconds
             speed = {"seconds": seconds, "data_seconds": self.waited, "it_per_s": rate, "tflops": self.flops and rate * self.flops / 1e12}
             losses = {**dict.fromkeys(terms[0]), **dict(zip(active, values.tolist()))}
-            self.log.write(iter=done, **losses, lr=lr, **more, **speed, peak_memory_mb=peak_memory_mb())
+            self.log.write(iter=done, **losses, lr=lr, **more, **speed, peak_memory_mb=peak_memory_mb(args.device))
             text = "  ".join(f"{term.removeprefix('loss_')} {losses[term]:.3f}" for term in active)
             left = (self.iters - done) / rate / 60
             self.log.show(f"{self.name} {done}/{self.iters}  {text}  {rate:.2f} it/s  {left:.1f} min left", done == self.iters)
         if saving:
             self.save(done, pending=bool(evaluating))
         if stopping:
+            wait_for_ranks()  # for the save: torchrun ends all processes when the first one leaves
             self.signal.leave()
         if evaluating:
             self.evaluate(done)
         self.clock += time.perf_counter() - pause  # neither logging, saving nor evaluating counts as training time
         if logging or done == self.start + 3:  # nor do the first iterations, which set up memory and choose kernels
             self.restart_clock(done)
+        if done == self.start + 3:
+            reset_peak_memory()
         if done == self.iters:
             self.close()
 
@@ -1448,7 +1461,8 @@ class Run:
             raise UserError(f"{what} (images {', '.join(names)}): lower --lr or look at these images; nothing was saved")
         if everywhere < len(values):
             sys.exit(2)  # the other rank says why
-        if not all(p.isfinite().all() for p in self.model.parameters()):
+        modules = [self.model, *(part for part in self.parts.values() if isinstance(part, nn.Module))]
+        if not torch.stack([t.isfinite().all() for module in modules for t in module.state_dict().values()]).all():
             done, names, _ = self.since_check[-1]
             raise UserError(f"a weight is not finite at iteration {done} (images {', '.join(names)}): lower --lr; nothing was saved")
         self.since_check = []
@@ -1497,14 +1511,21 @@ class Run:
 
     def close(self):
         self.log.close()
+        if rank() == 0 and not self.validation:
+            write_curves(self.folder / "curves.png", self.log.path)
         self.signal.close()
         self.signal.leave()
         wait_for_ranks()  # until last.pth is there for all
 
 
-def peak_memory_mb() -> float:
-    """Most memory used so far, in MiB: torch's on the GPU, else all of this process's."""
-    if torch.cuda.is_available():
+def reset_peak_memory():
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_mb(device) -> float:
+    """Most memory used, in MiB: torch's on the GPU since the last reset, on the CPU all of this process's so far."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     import resource  # not on Windows
 
@@ -1577,15 +1598,15 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
 
 def grey(map: Tensor) -> np.ndarray:
     """(H,W) values in 0..1 to uint8 0..255."""
-    return map.mul(255).round().byte().cpu().numpy()
+    return map.clamp(0, 1).mul(255).round().byte().cpu().numpy()
 
 
 def predict_with(maps, size: tuple, entropy) -> tuple:
-    """(prediction (H,W) uint8, normalised entropy (H,W) in 0..1 as uint8 0..255) of one image's logits at size (W,H).
+    """(prediction (H,W) uint8, normalised entropy (H,W) float in 0..1) of one image's logits at size (W,H).
     entropy: logits (1,C,h,w) to maps (1,C,h,w) whose sum over C is the entropy, `intrada.self_information`."""
     rows = []
-    prediction = predict_labels(maps, size, lambda block: rows.append(grey(entropy(block)[0].sum(0).clamp(0, 1))))
-    return prediction.cpu().numpy(), np.concatenate(rows)
+    prediction = predict_labels(maps, size, lambda block: rows.append(entropy(block)[0].sum(0)))
+    return prediction, torch.cat(rows)
 
 
 @torch.inference_mode()
@@ -1596,8 +1617,8 @@ def write_panel(path, model: DeepLabV2, dataset: Labelled, names: list, device, 
     for index in map(dataset.names.index, names):
         image, label = dataset.open(index)
         maps = predict_maps([model], dataset[index]["image"][None].to(device))
-        prediction, certainty = predict_with(maps, label.size, entropy)
-        rows.append([np.asarray(image), np.asarray(label), prediction, np.repeat(certainty[..., None], 3, 2)])
+        prediction, uncertainty = predict_with(maps, label.size, entropy)
+        rows.append([np.asarray(image), np.asarray(label), prediction.cpu().numpy(), np.repeat(grey(uncertainty)[..., None], 3, 2)])
     write_grid(path, ["image", "ground truth", "prediction", "entropy (black 0, white 1)"], rows, model.num_classes)
 
 

@@ -14,6 +14,7 @@ read off the file. The input is resized, the logits are upsampled to the label's
 import argparse
 import glob
 import json
+import os
 import re
 import statistics
 import sys
@@ -30,7 +31,7 @@ from torch.utils.data import Subset
 import common
 from bcl import downsample
 from common import UserError
-from intrada import POSITIVE, WARMUP_FLAGS, WHOLE, new_parser, number, path, self_information, size
+from intrada import INDIFFERENT, POSITIVE, WARMUP_FLAGS, WHOLE, new_parser, number, path, self_information, size
 
 
 def parse_args() -> argparse.Namespace:
@@ -144,7 +145,7 @@ def picture_writer(folder: Path, num_classes: int):
     """An on_image callback for `common.evaluate` that writes the coloured prediction and the entropy map (white: 1)."""
 
     def write(name, maps, label, prediction):
-        _, entropy = common.predict_with(maps, tuple(label.shape[::-1]), self_information)
+        entropy = common.grey(common.predict_with(maps, tuple(label.shape[::-1]), self_information)[1])
         common.write_png(folder / f"{name}_colour.png", prediction.cpu().numpy(), common.palette_for(num_classes))
         common.write_png(folder / f"{name}_entropy.png", entropy)
 
@@ -284,6 +285,7 @@ def segment(args, models: list, device):
         for i, item in enumerate(group):
             photo, name = item["photo"].numpy(), args.save_dir / item["name"]
             prediction, entropy = common.predict_with([m[i : i + 1] for m in maps], photo.shape[1::-1], self_information)
+            prediction, entropy = prediction.cpu().numpy(), common.grey(entropy)
             coloured = common.colour(prediction, num_classes)
             overlay = (photo.astype(np.uint16) + coloured) // 2
             pictures = {"trainids": prediction, "colour": coloured, "overlay": overlay.astype(np.uint8), "entropy": entropy}
@@ -371,11 +373,6 @@ def write_features(args, models: list, device):
 
 # ---------------------------------------------------------------- comparison of runs
 
-# What does not make two runs different experiments; the seed is what rows are averaged over.
-INDIFFERENT = set("""seed out stage ckpt check resume overwrite select keep workers device compile checkpoint_activations
-    tensorboard eval_every save_every log_every""".split())
-
-
 def mean_std(values: list) -> dict:
     """Mean and sample standard deviation (n - 1; None of one value) of the values that are not None."""
     values = [value for value in values if value is not None]
@@ -416,7 +413,7 @@ def group_runs(paths: list) -> list:
         if not evaluations or evaluations[-1]["iter"] < (ends.get(stage, flags.get("stop_iters")) or 0):
             print(f"{path}: did not end, left out")
             continue
-        indifferent = INDIFFERENT | ({"ratio", "normalize_entropy"} if stage == "stage1" else set())
+        indifferent = INDIFFERENT - {"stop_iters"} | {"seed"} | ({"ratio", "normalize_entropy"} if stage == "stage1" else set())
         kept = (*WARMUP_FLAGS, "warmup_iters") if stage == "warmup" else flags
         own = {key: value for key, value in flags.items() if key in kept and key not in indifferent}
         runs = groups.setdefault((stage, json.dumps(own, sort_keys=True)), {})
@@ -474,6 +471,8 @@ def compare(args):
 
 def main():
     args = parse_args()
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("eval.py is one process: start it without torchrun")
     if args.compare:
         return compare(args)
     device = common.set_up(args.device)
@@ -482,4 +481,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.launch(main)

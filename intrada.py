@@ -143,7 +143,7 @@ def new_parser(doc: str, defaults: dict) -> tuple:
     return parser, add
 
 
-WHOLE, POSITIVE, REAL, SHARE = number(int, 0, 10**9), number(int, 1, 10**9), number(float, 0), number(float, 0, 1)
+WHOLE, POSITIVE, REAL, SHARE = number(int, 0, 10**9), number(int, 1, 10**9), number(float, 0, 1e6), number(float, 0, 1)
 SIDE = number(int, 32, 16384)
 SWITCH = {"action": argparse.BooleanOptionalAction}
 
@@ -173,7 +173,7 @@ def add_shared_flags(parser, add, out: str):
     g = parser.add_argument_group("network")
     add(g, "--init", "initial weights: imagenet, none (random) or a weight file")
     add(g, "--layers", "blocks per ResNet stage", type=layers)
-    add(g, "--width", "channels of the stem, and of D's first layer", type=number(int, 1, 1024))
+    add(g, "--width", "channels of the stem, and of D's first layer", type=number(int, 2, 1024))
     add(g, "--bn", "statistics BatchNorm trains with: the batch's (the papers) or the running ones", choices=("batch", "running"))
     add(g, "--lr-backbone-mult", "factor on the backbone's learning rate: 3 as the released code, 1 as the paper's text", type=REAL)
     add(g, "--lr-head-mult", "factor on the heads' learning rate", type=REAL)
@@ -309,7 +309,7 @@ def labelled_pixels(labels: list) -> Tensor:
     With it a batch that is split over --grad-accum or over torchrun's processes has the loss of the whole batch.
     """
     count = sum((batch != common.IGNORE).sum() for batch in labels)
-    return (common.over_ranks(count) / (len(labels) * common.world())).float().clamp(min=1)
+    return (common.over_ranks(count) / (len(labels) * common.world())).clamp(min=1)
 
 
 def upsample(logits: Tensor, height: int, width: int) -> Tensor:
@@ -334,7 +334,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     the scores of the last evaluation.
     """
     device, n = args.device, args.grad_accum
-    common.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     G = common.DeepLabV2(args.num_classes, args.layers, args.width)
     report = common.load_weights(G, initial) if initial is not None else "random initial weights"
     D_main, D_aux = Discriminator(args.num_classes, args.width), Discriminator(args.num_classes, args.width)
@@ -347,9 +347,8 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
 
     parts = {"discriminators": D, "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     about = f"{len(source)} labelled images, {len(target) if target else 'no'} target images, {report}, {batch_text(args)}"
-    config = training_config(args, name, horizon, lr)
-    overwrite = args.overwrite and not (name == "warmup" and args.stage == "3")
-    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, overwrite, self_information)
+    config = training_config(args, name, [*source.names, *(target.names if target else ())], horizon, lr)
+    run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, self_information)
     if run.finished:
         return run.result
     autocast, (information, ce) = precision_and_compiler(args, G, [self_information, segmentation_loss])
@@ -366,10 +365,10 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
         g_optimizer.zero_grad(set_to_none=True)
         d_optimizer.zero_grad(set_to_none=True)
         with run.waiting_for_data():
-            step = [(next(source_batches), target and next(target_batches)) for _ in range(n)]
-        pixels = labelled_pixels([source_batch["label"] for source_batch, _ in step]).to(device, non_blocking=True)
+            batches = [(next(source_batches), target and next(target_batches)) for _ in range(n)]
+        pixels = labelled_pixels([source_batch["label"] for source_batch, _ in batches]).to(device, non_blocking=True)
         terms, names = [], []
-        for source_batch, target_batch in step:
+        for source_batch, target_batch in batches:
             # -------- G on source: L_seg = CE(main) + 0.1 CE(aux)
             labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
             with autocast:
@@ -385,19 +384,19 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
                 images = common.normalize(target_batch["image"].to(device, non_blocking=True))
                 with autocast:
                     prediction = G(images)
-                maps = [information(upsample(logits, *images.shape[2:])) for logits in prediction[:2]]  # 2 x (B, C, H, W)
-                seen_main, seen_aux = seen = [level.detach().requires_grad_() for level in maps]
+                target_maps = [information(upsample(logits, *images.shape[2:])) for logits in prediction[:2]]  # 2 x (B, C, H, W)
+                d_inputs = [maps.detach().requires_grad_() for maps in target_maps]  # D's graph ends here, and serves two losses
                 with autocast:
-                    target_main, target_aux = D_main(seen_main), D_aux(seen_aux)  # (B, 1, H/32, W/32)
+                    target_main, target_aux = D_main(d_inputs[0]), D_aux(d_inputs[1])  # (B, 1, H/32, W/32)
                 loss_adv_main, loss_adv_aux = domain_loss(target_main, SOURCE), domain_loss(target_aux, SOURCE)
                 loss_adv = args.lambda_adv_main * loss_adv_main + args.lambda_adv_aux * loss_adv_aux
-                (loss_adv / n).backward(inputs=seen, retain_graph=True)  # to D's input, D stays as it is ...
-                torch.autograd.backward(maps, [level.grad for level in seen])  # ... and on through G
+                (loss_adv / n).backward(inputs=d_inputs, retain_graph=True)  # D stays as it is ...
+                torch.autograd.backward(target_maps, [maps.grad for maps in d_inputs])  # ... and on through G
 
                 # -------- D tells the domains apart: 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target), on both heads
-                maps_main, maps_aux = information(source_main.detach()), information(source_aux.detach())
                 with autocast:
-                    domain_main, domain_aux = D_main(maps_main), D_aux(maps_aux)
+                    domain_main = D_main(information(source_main.detach()))
+                    domain_aux = D_aux(information(source_aux.detach()))
                 loss_d_main = (domain_loss(domain_main, SOURCE) + domain_loss(target_main, TARGET)) / 2
                 loss_d_aux = (domain_loss(domain_aux, SOURCE) + domain_loss(target_aux, TARGET)) / 2
                 ((loss_d_main + loss_d_aux) / n).backward(inputs=d_params)  # G stays as it is
@@ -417,7 +416,8 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
 
 def batch_text(args) -> str:
     images = args.batch_size * args.grad_accum * args.ranks
-    return f"{images} images per step and domain (--batch-size {args.batch_size} x --grad-accum {args.grad_accum} x {args.ranks} processes)"
+    parts = f"--batch-size {args.batch_size} x --grad-accum {args.grad_accum} x {args.ranks} processes"
+    return f"{images} images per step and domain ({parts}; learning rates as given, not scaled)"
 
 
 def precision_and_compiler(args, G: nn.Module, functions: list) -> tuple:
@@ -432,18 +432,23 @@ def precision_and_compiler(args, G: nn.Module, functions: list) -> tuple:
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp), functions
 
 
-def training_config(args, name: str, *schedule) -> dict:
+# Flags that do not make another experiment of a run. Where the data lie is one of them: their names are compared.
+INDIFFERENT = set("""stage check out ckpt resume overwrite select stop_iters workers device keep tensorboard eval_every save_every
+    log_every compile checkpoint_activations data_root source_root target_root""".split())
+
+
+def training_config(args, name: str, images: list, *schedule) -> dict:
     """What makes two runs of a stage the same run, as plain values: kept in last.pth and compared when it is found."""
-    indifferent = {"stage", "check", "out", "ckpt", "resume", "overwrite", "select", "stop_iters", "workers", "device", "keep", "tensorboard"}
-    indifferent |= {"eval_every", "save_every", "log_every", "ratio", "normalize_entropy", "compile", "checkpoint_activations"}
-    config = {key: str(value) for key, value in vars(args).items() if key not in indifferent}
+    config = {key: str(value) for key, value in vars(args).items() if key not in INDIFFERENT | {"ratio", "normalize_entropy"}}
     if name == "warmup":  # shared by runs that differ only in what comes after it
         config = {key: value for key, value in config.items() if key in WARMUP_FLAGS}
+    config["init"] = Path(args.init).name  # a moved file is the same file
     ranking = (args.out / "stage2" / "ranking.csv").read_text() if name == "stage3" else ""
-    return {**config, "schedule": str(schedule), "ranking": hashlib.sha256(ranking.encode()).hexdigest()[:12]}
+    digests = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in ("\n".join(images), ranking))
+    return {**config, "schedule": str(schedule), **dict(zip(("images", "ranking"), digests))}
 
 
-WARMUP_FLAGS = """data_root source source_root num_classes init layers width source_size bn lr_backbone_mult lr_head_mult batch_size
+WARMUP_FLAGS = """source num_classes init layers width source_size bn lr_backbone_mult lr_head_mult batch_size
     warmup_lr lambda_seg_aux seed amp grad_accum ranks scales warmup_short_side warmup_crop flip""".split()
 
 
@@ -474,13 +479,11 @@ def predict_target(args, checkpoint: Path, images: dict) -> dict:
         print(f"stage 2: predicting {len(missing)} of {len(images)} target images with {checkpoint}, {report}")
         G, start = common.inference_copy(G.to(device)), time.perf_counter()
         for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
-            maps, rows = common.predict_maps([G], item["image"][None].to(device, non_blocking=True)), []
-            per_block = lambda block: rows.append(self_information(block)[0].sum(0))  # noqa: B023, E731
-            label = common.predict_labels(maps, args.target_size, per_block).cpu().numpy()  # (H, W)
-            pixels, stem = torch.cat(rows), folder / item["name"]  # (H, W): entropy of each
-            entropy = pixels.mean(dtype=torch.float64).item() / C
+            maps = common.predict_maps([G], item["image"][None].to(device, non_blocking=True))
+            label, pixels = common.predict_with(maps, args.target_size, self_information)  # (H, W) each
+            label, stem, entropy = label.cpu().numpy(), folder / item["name"], pixels.mean(dtype=torch.float64).item() / C
             both = entropy, entropy * (rarity_factor(set(np.unique(label).tolist())) if C == 19 else 1.0)
-            common.write_png(f"{stem}_entropy.png", common.grey(pixels.clamp(0, 1)))
+            common.write_png(f"{stem}_entropy.png", common.grey(pixels), compress_level=1)
             common.write_png(f"{stem}_colour.png", label, common.palette_for(C))
             common.write_png(f"{stem}_trainids.png", label, text={"origin": origin, "entropy": "{!r} {!r}".format(*both)})
         print(f"stage 2: {len(missing)} images in {time.perf_counter() - start:.0f} s")
@@ -490,7 +493,7 @@ def predict_target(args, checkpoint: Path, images: dict) -> dict:
     return {name: finished(name) for name in images}
 
 
-def rank(args, checkpoint: Path, images: dict):
+def rank_target(args, checkpoint: Path, images: dict):
     """Sort the target images by entropy; the floor(λN) lowest are easy, the rest hard.
 
     Writes into `split_folder` of every --ratio: for the easy images labels/<name>.png (trainIds) and colour/<name>.png,
@@ -619,6 +622,9 @@ def main():
     for labelled in (source, validation):
         if labelled:
             labelled.look()
+    if args.overwrite:
+        stages = {"1": ("warmup", "stage1"), "2": (), "3": ("stage3",), "all": ("warmup", "stage1", "stage3")}[args.stage]
+        common.start_over([args.out / stage for stage in stages])
 
     @functools.cache  # trained or fetched once
     def initial_weights():
@@ -636,7 +642,7 @@ def main():
         target = common.Images(target_images, args.target_size) if adversarial else None
         columns["stage 1"] = train(args, "stage1", source, target, validation, initial_weights(), *schedule)
     if args.stage in ("2", "all"):
-        rank(args, checkpoint, target_images)
+        rank_target(args, checkpoint, target_images)
     if args.stage in ("3", "all"):
         easy, hard = read_split(args, target_images)
         easy = common.Labelled(easy, "folder", C, args.target_size, same_aspect=False, seed=args.seed)
@@ -646,4 +652,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.launch(main)

@@ -66,7 +66,7 @@ def call(module, *flags):
     with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, flags)]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                status = common.run(module.main) or 0
+                status = common.launch(module.main) or 0
             except SystemExit as stop:
                 status = stop.code
     return status, out.getvalue(), err.getvalue()
@@ -300,11 +300,21 @@ def test_class_thresholds(ratio):
     histogram = torch.stack([torch.from_numpy(np.bincount(b, minlength=50)) for b in binned])
     for threshold, b in zip(bcl.class_thresholds(histogram, ratio).tolist(), binned):
         top = sorted(b, reverse=True)[: math.ceil(ratio * len(b))]
-        assert threshold == pytest.approx(top[-1] / 50 if top else 1)
+        assert threshold == (top[-1] if top else 50)
+
+
+def test_confidence_bins():
+    p = torch.cat([torch.linspace(0, 1, 1001), 1 - torch.logspace(-7, -1, 200)]).sort().values  # float32
+    bins = bcl.confidence_bins(p)
+    assert bins.min() == 0 and bins.max() == bcl.BINS - 1 and (bins.diff() >= 0).all()
+    assert (bcl.bin_confidence(bins) <= p.double() + 1e-12).all() and (bcl.bin_confidence(bins + 1) >= p.double()).all()
+    sure = torch.softmax(torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0], [4]]) + torch.tensor([[0], [10]]), 0)[1]
+    histogram = torch.bincount(bcl.confidence_bins(sure), minlength=bcl.BINS)[None]  # of a network that is sure: margins of 10 and more
+    assert (bcl.confidence_bins(sure) >= bcl.class_thresholds(histogram, 0.1)).double().mean() == pytest.approx(0.1, abs=0.01)
 
 
 def test_choose_static():
-    prediction, bins, thresholds = torch.randint(0, 3, (6, 7)).to(torch.uint8), torch.randint(0, 30, (6, 7)), torch.tensor([12.0, 25, 65536])
+    prediction, bins, thresholds = torch.randint(0, 3, (6, 7)).to(torch.uint8), torch.randint(0, 30, (6, 7)), torch.tensor([12, 25, 65536])
     static, own = bcl.choose_static(prediction, bins, thresholds, 0.1), sorted(bins.flatten().tolist())[-math.ceil(0.1 * 42)]
     for h, w in product(range(6), range(7)):
         keep = bins[h, w] >= thresholds[int(prediction[h, w])] or bins[h, w] >= own
