@@ -849,7 +849,8 @@ def _loader(dataset, workers, device, **options):
 
 def leave_signals(worker: int):
     """In a reading process: signals to the whole group of processes are the training process's business alone."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

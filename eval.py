@@ -31,7 +31,7 @@ from torch.utils.data import Subset
 import common
 from bcl import downsample
 from common import UserError
-from intrada import INDIFFERENT, POSITIVE, WARMUP_FLAGS, WHOLE, new_parser, number, path, self_information, size
+from intrada import INDIFFERENT, POSITIVE, WARMUP_FLAGS, WHOLE, file_path, new_parser, number, self_information, size
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,10 +40,10 @@ def parse_args() -> argparse.Namespace:
     image_help = "segment these files, folders (with sub-folders) and globs, of any size; needs --save-dir, no labels"
     add(g, "--images", image_help, nargs="+", metavar="PATH")
     add(g, "--compare", "log.jsonl files, folders or globs of training runs: table over methods and seeds", nargs="+", metavar="LOG")
-    add(g, "--features", "write encoder features of source and target pixels to this .npz, and a PCA picture beside it", type=path)
+    add(g, "--features", "write encoder features of source and target pixels to this .npz, and a PCA picture beside it", type=file_path)
 
     g = parser.add_argument_group("network")
-    add(g, "--ckpt", "checkpoints, averaged if several; without a path the newest last.pth under runs/", nargs="*", type=path)
+    add(g, "--ckpt", "checkpoints, averaged if several; without a path the newest last.pth under runs/", nargs="*", type=file_path)
     size_help = "network input, WxH (default: what the checkpoint was trained with, else 1024x512; --images keep their own"
     add(g, "--input-size", f"{size_help} aspect and get the same area)", type=size)
     add(g, "--flip", "average with the prediction of the mirrored image: twice the time, a little better", action="store_true")
@@ -51,24 +51,24 @@ def parse_args() -> argparse.Namespace:
     add(g, "--multi-scale", scale_help, nargs="+", type=number(float, 0.1, 10), default=[1.0], metavar="FACTOR")
 
     g = parser.add_argument_group("labelled images")
-    add(g, "--data-root", "folder that holds Cityscapes/ (and GTA5/, ...); without it the built-in scenes", type=path)
+    add(g, "--data-root", "folder that holds Cityscapes/ (and GTA5/, ...); without it the built-in scenes", type=file_path)
     add(g, "--target", "layout of the labelled images", choices=("cityscapes", "folder"), default="cityscapes")
-    add(g, "--target-root", "the dataset's own folder, if not under --data-root", type=path)
+    add(g, "--target-root", "the dataset's own folder, if not under --data-root", type=file_path)
     add(g, "--split", "train, val or test", default="val")
-    add(g, "--subset", "only the images named in this file, a name or stem a line, say data/scenes/hard.txt", type=path)
-    add(g, "--panel", "write one picture: image, label and each checkpoint's own prediction of --rows images", type=path)
+    add(g, "--subset", "only the images named in this file, a name or stem a line, say data/scenes/hard.txt", type=file_path)
+    add(g, "--panel", "write one picture: image, label and each checkpoint's own prediction of --rows images", type=file_path)
     add(g, "--rows", "images in --panel, spread over the set", type=POSITIVE, default=6)
 
     g = parser.add_argument_group("features")
     add(g, "--source", "labelled source domain", choices=("gta5", "synthia", "synscapes", "folder"), default="gta5")
-    add(g, "--source-root", "the source's own folder, if not under --data-root", type=path)
+    add(g, "--source-root", "the source's own folder, if not under --data-root", type=file_path)
     add(g, "--points", "pixels sampled per class and domain, at random over all images read", type=POSITIVE, default=50)
     add(g, "--max-images", "images read per domain, spread over the set", type=POSITIVE, default=500)
     add(g, "--seed", "of the sampling", type=WHOLE, default=0)
 
     g = parser.add_argument_group("output and speed")
-    add(g, "--save-dir", "write pictures for every image, or the comparison's files, into this folder", type=path)
-    add(g, "--json", "write miou19, miou16, miou13, iou (percent), confusion (rows are labels), images, seconds", type=path)
+    add(g, "--save-dir", "write pictures for every image, or the comparison's files, into this folder", type=file_path)
+    add(g, "--json", "write miou19, miou16, miou13, iou (percent), confusion (rows are labels), images, seconds", type=file_path)
     add(g, "--batch-size", "images of --images predicted at once; only those of one input size share a batch", type=POSITIVE, default=1)
     add(g, "--device", "cpu or cuda; cuda if there is one", choices=("cpu", "cuda"))
     add(g, "--workers", "processes that read images", type=WHOLE, default=2)

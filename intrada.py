@@ -33,7 +33,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import json
 import math
 import shutil
 import time
@@ -103,7 +102,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def path(text: str) -> Path:
+def file_path(text: str) -> Path:
     if not text.strip():  # Path("") would be the current folder
         raise argparse.ArgumentTypeError(f"{text!r}: give a path")
     return Path(text)
@@ -151,7 +150,7 @@ SWITCH = {"action": argparse.BooleanOptionalAction}
 def add_shared_flags(parser, add, out: str):
     """The flags that intrada.py and bcl.py have in common: run, data, network and speed."""
     g = parser.add_argument_group("run")
-    add(g, "--out", "folder of this run's files", type=path, default=Path(out))
+    add(g, "--out", "folder of this run's files", type=file_path, default=Path(out))
     add(g, "--check", "open every file of the datasets, report, train nothing; exit status 2 if something is wrong", action="store_true")
     add(g, "--resume", "continue an unfinished run from its last.pth", action="store_true")
     add(g, "--overwrite", "start over where --out holds another run", action="store_true")
@@ -163,11 +162,11 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--seed", "fixes initial weights, the order of images and augmentation", type=number(int, 0, 2**32 - 1), default=0)
 
     g = parser.add_argument_group("data")
-    add(g, "--data-root", "folder that holds GTA5/, Cityscapes/, SYNTHIA/, Synscapes/; without it the demo runs", type=path)
+    add(g, "--data-root", "folder that holds GTA5/, Cityscapes/, SYNTHIA/, Synscapes/; without it the demo runs", type=file_path)
     add(g, "--source", "labelled domain", choices=("gta5", "synthia", "synscapes", "folder"), default="gta5")
     add(g, "--target", "unlabelled domain", choices=("cityscapes", "folder"), default="cityscapes")
-    add(g, "--source-root", "the source's own folder, if not under --data-root", type=path)
-    add(g, "--target-root", "the target's own folder, if not under --data-root", type=path)
+    add(g, "--source-root", "the source's own folder, if not under --data-root", type=file_path)
+    add(g, "--target-root", "the target's own folder, if not under --data-root", type=file_path)
     add(g, "--num-classes", "C; other than 19 needs --source folder and --target folder", type=number(int, 2, 255), default=19)
 
     g = parser.add_argument_group("network")
@@ -222,7 +221,7 @@ def parse_args() -> argparse.Namespace:
     g = parser.add_argument_group("stages")
     stages = ("1", "2", "3", "all")
     add(g, "--stage", "1 inter-domain, 2 ranking and pseudo labels, 3 intra-domain", choices=stages, default="all")
-    add(g, "--ckpt", "stage 2: rank with this checkpoint instead of stage 1's", type=path)
+    add(g, "--ckpt", "stage 2: rank with this checkpoint instead of stage 1's", type=file_path)
     select_help = "checkpoint that stage 2 takes of stage 1; best is chosen on validation labels, an oracle"
     add(g, "--select", select_help, choices=("last", "best"), default="last")
 
@@ -340,7 +339,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     D_main, D_aux = Discriminator(args.num_classes, args.width), Discriminator(args.num_classes, args.width)
     D = nn.ModuleDict({"main": D_main, "aux": D_aux}).to(device, memory_format=torch.channels_last)
     G.to(device).checkpoint_activations = args.checkpoint_activations
-    g_params, d_params = [p for p in G.parameters() if p.requires_grad], list(D.parameters())
+    d_params = list(D.parameters())
     g_groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
     g_optimizer = torch.optim.SGD(g_groups, lr=lr, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(d_params, lr=args.lr_d, betas=(0.9, 0.99))

@@ -1434,24 +1434,30 @@ def test_speed_is_in_the_log(trained):
 # ---------------------------------------------------------------- 15 dependable: signals, numbers, snapshots, full disks
 
 
-def start(*command, cwd):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 LONG = "--stage 1 --warmup-iters 0 --eval-every 0 --max-iters 100000 --stop-iters 100000 --save-every 100000 --out run".split()
+SLOW = """import sys, time
+sys.path.insert(0, {here!r})
+import common, intrada
+save = common.save_checkpoint
+common.save_checkpoint = lambda *args, **state: (time.sleep(4), save(*args, **state))
+common.launch(intrada.main)"""
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_first(number, processes, scenes, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
-    running = start(*torchrun, HERE / "intrada.py", "--data-root", scenes, *INTRADA, *LONG, cwd=tmp_path)
+    """Sent to the whole group, readers included, as by Ctrl-C and timeout; with torchrun to one that trains, with slow saves."""
+    Path("slow.py").write_text(SLOW.format(here=str(HERE)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "slow.py"] if processes == 2 else [HERE / "intrada.py"]
+    command = [sys.executable, *torchrun, "--data-root", scenes, *INTRADA, *LONG, "--workers", 2 - processes + 1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen([*map(str, command)], cwd=tmp_path, start_new_session=True, **pipes)
     while "stage1 5/" not in running.stdout.readline():
         assert running.poll() is None, running.stderr.read()
-    target = running.pid
-    if processes == 2:  # one of the two that train
-        children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f"\nPPid:\t{running.pid}\n" in (p / "status").read_text()]
-        target = max(children)
-    os.kill(target, number)
+    if processes == 1:
+        os.killpg(running.pid, number)
+    else:
+        status = {int(p.name): (p / "status").read_text() for p in Path("/proc").iterdir() if p.name.isdigit()}
+        os.kill(max(pid for pid, text in status.items() if f"\nPPid:\t{running.pid}\n" in text), number)
     _, err = running.communicate(timeout=60)
     assert "--resume" in err and (running.returncode == 128 + number if processes == 1 else running.returncode != 0)
     assert last("run/stage1")["iter"] == records("run/stage1")[-1]["iter"] >= 5
@@ -1471,6 +1477,31 @@ def test_a_loss_that_is_not_finite_is_named(scenes, monkeypatch):
     names = [list(images)[i] for images, order in zip((common.list_images("gta5", scenes / "GTA5"), common.list_images("cityscapes", scenes / "Cityscapes")), order) for _, i in order]
     assert status == 2 and "loss_adv_main is nan at iteration 5" in err and all(name in err for name in names)
     assert last("run/stage1")["iter"] == 4  # from before
+
+
+def test_overwrite_clears_the_whole_run_at_once(trained, scenes):
+    """Stopped in the middle of the new run, --resume must not meet what was to be replaced."""
+    shutil.copytree(trained(intrada), "run")
+    flags = ["--data-root", scenes, *INTRADA, "--out", "run", "--lr", 1e-3]
+    with mock.patch.object(common, "predict_maps", mock.Mock(side_effect=Killed)), contextlib.suppress(Killed):
+        call(intrada, *flags, "--overwrite")
+    assert not Path("run/stage3/last.pth").exists() and not Path("run/stage1/pictures/0000004.png").exists()
+    succeed(intrada, *flags, "--resume")
+    assert last("run/stage3")["config"]["lr"] == "0.001"
+
+
+def test_data_may_move_between_jobs(trained, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "elsewhere"), shutil.copytree(trained(intrada) / "stage1", "run/stage1")
+    torch.save({**last("run/stage1"), "iter": 2}, "run/stage1/last.pth")
+    flags = [*INTRADA, "--stage", 1, "--out", "run", "--resume", "--data-root"]
+    (tmp_path / "other/GTA5/images").mkdir(parents=True), (tmp_path / "other/GTA5/labels").mkdir()
+    shutil.copytree(scenes / "Cityscapes", tmp_path / "other/Cityscapes")
+    for kind in ("images", "labels"):
+        shutil.copy(scenes / f"GTA5/{kind}/00001.png", tmp_path / f"other/GTA5/{kind}/00001.png")
+    status, _, err = call(intrada, *flags, "other")
+    assert status == 2 and "(images)" in err  # not the same data
+    shutil.copytree(trained(intrada) / "warmup", "run/warmup", dirs_exist_ok=True)
+    succeed(intrada, *flags, "elsewhere")
 
 
 def test_killed_while_evaluating(scenes, monkeypatch):
