@@ -1339,6 +1339,9 @@ def resume_state(folder, config: dict, iters: int, resume: bool):
     return state
 
 
+FIRST = 3  # iterations of a run that are left out of its speed
+
+
 class Run:
     """What surrounds a training loop and is no method: resuming, log, evaluation, checkpoints, signals.
 
@@ -1362,6 +1365,7 @@ class Run:
         self.finished = self.start >= iters and not pending
         if self.finished:
             return print(f"{name}: already trained, {self.folder / 'last.pth'}")
+        self.saved = self.start
         if state:
             try:
                 model.load_state_dict(state["model"])
@@ -1381,7 +1385,7 @@ class Run:
         self.log = RunLog(self.folder / "log.jsonl", header, keep, self.folder / "tensorboard" if args.tensorboard else None, self.start)
         self.signal = StopSignal()
         print(f"{name}: {about}" + (f"; goes on from iteration {self.start}" if self.start else ""))
-        self.since_check, self.counter = [], None
+        self.since_check, self.counter, self.spent = [], None, [0, 0.0, 0.0]  # spent: iterations, seconds, of these on data
         reset_peak_memory()
         if pending:
             self.evaluate(self.start)
@@ -1433,6 +1437,8 @@ class Run:
             self.log.write(iter=done, **losses, lr=lr, **more, **speed, peak_memory_mb=peak_memory_mb(args.device))
             text = "  ".join(f"{term.removeprefix('loss_')} {losses[term]:.3f}" for term in active)
             left = (self.iters - done) / rate / 60
+            if self.last >= self.start + FIRST:
+                self.spent = [a + b for a, b in zip(self.spent, (done - self.last, seconds, self.waited))]
             self.log.show(f"{self.name} {done}/{self.iters}  {text}  {rate:.2f} it/s  {left:.1f} min left", done == self.iters)
         if saving:
             self.save(done, pending=bool(evaluating))
@@ -1442,11 +1448,16 @@ class Run:
         if evaluating:
             self.evaluate(done)
         self.clock += time.perf_counter() - pause  # neither logging, saving nor evaluating counts as training time
-        if logging or done == self.start + 3:  # nor do the first iterations, which set up memory and choose kernels
+        if logging or done == self.start + FIRST:  # nor do the first iterations, which set up memory and choose kernels
             self.restart_clock(done)
-        if done == self.start + 3:
+        if done == self.start + FIRST:
             reset_peak_memory()
         if done == self.iters:
+            count, seconds, waited = self.spent
+            if count:
+                rate, share = count / seconds, 100 * waited / seconds
+                text = f"{rate:.2f} it/s, {rate * (self.flops or 0) / 1e12:.3f} TFLOP/s, {share:.1f} % of the time waiting for data"
+                self.log.show(f"{self.name}: {text}, peak memory {peak_memory_mb(args.device):.0f} MB", True)
             self.close()
 
     def check_numbers(self, active: list) -> Tensor:
@@ -1476,11 +1487,12 @@ class Run:
         states = {key: part.state_dict() for key, part in self.parts.items()}
         progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config}
         progress.update(flops=self.flops, panel=self.panel)
-        save_checkpoint(last, self.model, **states, **progress, pending=pending)
-        if args.keep and done % args.save_every == 0 and not pending:
-            link(last, self.folder / f"iter{done:07d}.pth")  # the next save replaces last.pth and leaves this file as it is
+        if args.keep and 0 < self.saved < done:
+            link(last, self.folder / f"iter{self.saved:07d}.pth")  # saving replaces last.pth and leaves this file as it is
             for old in sorted(self.folder.glob("iter*.pth"))[: -args.keep]:
                 old.unlink()
+        save_checkpoint(last, self.model, **states, **progress, pending=pending)
+        self.saved = done
 
     def evaluate(self, done: int):
         device, entropies = next(self.model.parameters()).device, {}

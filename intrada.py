@@ -315,6 +315,14 @@ def upsample(logits: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(logits, (height, width), mode="bilinear", align_corners=True)  # (B, C, h, w) -> (B, C, H, W)
 
 
+def upsampled_information(logits: Tensor, height: int, width: int) -> Tensor:
+    return self_information(upsample(logits, height, width))  # one function, so that --compile fuses it
+
+
+def upsampled_ce(logits: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
+    return segmentation_loss(upsample(logits, *labels.shape[1:]), labels, pixels)
+
+
 RARE_CLASSES = (3, 4, 5, 6, 7, 9, 12, 14, 15, 16, 17)  # wall fence pole light sign terrain rider truck bus train motorcycle
 
 
@@ -350,7 +358,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, self_information)
     if run.finished:
         return run.result
-    autocast, (information, ce) = precision_and_compiler(args, G, [self_information, segmentation_loss])
+    autocast, (entropy_maps, ce) = precision_and_compiler(args, G, [upsampled_information, upsampled_ce])
     batches = (args.batch_size, run.start * n, iters * n, args.workers, device)
     source_batches = common.training_batches(source, args.seed, *batches)
     target_batches = target and common.training_batches(target, args.seed + 1, *batches)
@@ -372,8 +380,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
             labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
             with autocast:
                 prediction = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
-            source_main = upsample(prediction.main, *labels.shape[1:])  # (B, C, H, W)
-            source_aux = upsample(prediction.aux, *labels.shape[1:])
+            source_main, source_aux = prediction.main, prediction.aux  # (B, C, h, w)
             loss_seg_main, loss_seg_aux = ce(source_main, labels, pixels), ce(source_aux, labels, pixels)
             ((loss_seg_main + args.lambda_seg_aux * loss_seg_aux) / n).backward()
 
@@ -383,7 +390,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
                 images = common.normalize(target_batch["image"].to(device, non_blocking=True))
                 with autocast:
                     prediction = G(images)
-                target_maps = [information(upsample(logits, *images.shape[2:])) for logits in prediction[:2]]  # 2 x (B, C, H, W)
+                target_maps = [entropy_maps(logits, *images.shape[2:]) for logits in prediction[:2]]  # main and aux, (B, C, H, W)
                 d_inputs = [maps.detach().requires_grad_() for maps in target_maps]  # D's graph ends here, and serves two losses
                 with autocast:
                     target_main, target_aux = D_main(d_inputs[0]), D_aux(d_inputs[1])  # (B, 1, H/32, W/32)
@@ -393,9 +400,9 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
                 torch.autograd.backward(target_maps, [maps.grad for maps in d_inputs])  # ... and on through G
 
                 # -------- D tells the domains apart: 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target), on both heads
+                source_maps = [entropy_maps(logits.detach(), *labels.shape[1:]) for logits in (source_main, source_aux)]
                 with autocast:
-                    domain_main = D_main(information(source_main.detach()))
-                    domain_aux = D_aux(information(source_aux.detach()))
+                    domain_main, domain_aux = D_main(source_maps[0]), D_aux(source_maps[1])
                 loss_d_main = (domain_loss(domain_main, SOURCE) + domain_loss(target_main, TARGET)) / 2
                 loss_d_aux = (domain_loss(domain_aux, SOURCE) + domain_loss(target_aux, TARGET)) / 2
                 ((loss_d_main + loss_d_aux) / n).backward(inputs=d_params)  # G stays as it is
