@@ -1481,6 +1481,8 @@ class Run:
         return values[-1]
 
     def save(self, done: int, pending: bool):
+        """last.pth. No random states: order and augmentation depend on the seed and the sampler's position alone, and that
+        follows from the iteration."""
         if rank():
             return
         last, args = self.folder / "last.pth", self.args

@@ -359,9 +359,9 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     if run.finished:
         return run.result
     autocast, (entropy_maps, ce) = precision_and_compiler(args, G, [upsampled_information, upsampled_ce])
-    batches = (args.batch_size, run.start * n, iters * n, args.workers, device)
-    source_batches = common.training_batches(source, args.seed, *batches)
-    target_batches = target and common.training_batches(target, args.seed + 1, *batches)
+    rest = (args.batch_size, run.start * n, iters * n, args.workers, device)
+    source_batches = common.training_batches(source, args.seed, *rest)
+    target_batches = target and common.training_batches(target, args.seed + 1, *rest)
     common.set_mode(G, args.bn)
     for it in range(run.start, iters):
         decay = (1 - it / horizon) ** 0.9

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -1512,6 +1513,20 @@ def test_killed_while_evaluating(scenes, monkeypatch):
     assert last("run/stage1")["iter"] == 3 and not records("run/stage1", "evaluation")  # saved before
     succeed(intrada, *flags, "run", "--resume")
     assert numbers("run/stage1") == numbers("whole/stage1") and difference(last("run/stage1")["model"], last("whole/stage1")["model"]) == 0
+
+
+def test_tensorboard(scenes, monkeypatch):
+    events, flags = [], ["--data-root", scenes, *INTRADA, "--stage", 1, "--warmup-iters", 0, "--tensorboard", "--out", "run"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = call(intrada, *flags)
+    assert status == 2 and "pip install tensorboard" in err and not Path("run").exists()
+    writer = mock.Mock(add_scalar=lambda *event: events.append(event))  # in place of the package
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.Mock(SummaryWriter=lambda *args, **options: writer))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    succeed(intrada, *flags)
+    log, scores = records("run/stage1"), records("run/stage1", "evaluation")
+    assert [e[1:] for e in events if e[0] == "loss_seg_main"] == [(r["loss_seg_main"], r["iter"]) for r in log]
+    assert [e[1:] for e in events if e[0] == "evaluation/miou19"] == [(r["miou19"], r["iter"]) for r in scores] and writer.close.called
 
 
 def test_older_snapshots_are_kept(scenes):
