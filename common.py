@@ -1488,7 +1488,7 @@ class Run:
         last, args = self.folder / "last.pth", self.args
         states = {key: part.state_dict() for key, part in self.parts.items()}
         progress = {"iter": done, "best": self.best, "scores": self.result, "config": self.config}
-        progress.update(flops=self.flops, panel=self.panel)
+        progress.update(flops=self.flops, panel=self.panel, input_size=args.target_size)
         if args.keep and 0 < self.saved < done:
             link(last, self.folder / f"iter{self.saved:07d}.pth")  # saving replaces last.pth and leaves this file as it is
             for old in sorted(self.folder.glob("iter*.pth"))[: -args.keep]:
@@ -1520,7 +1520,7 @@ class Run:
                 if self.draw:
                     self.draw(picture.with_stem(f"{done:07d}_labels"), done)
                 if improved:
-                    content = {"iter": done, "scores": self.result, "config": self.config, "oracle": True}
+                    content = {"iter": done, "scores": self.result, "input_size": self.args.target_size, "oracle": True}
                     save_checkpoint(self.folder / "best.pth", self.model, **content)
         self.save(done, pending=False)
 

@@ -15,7 +15,6 @@ import argparse
 import glob
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -98,9 +97,9 @@ def load_models(args, device) -> list:
         print(f"{path}: {report}")
         if model.num_classes != num_classes:
             raise UserError(f"{path} predicts {model.num_classes} classes, {args.ckpt[0]} {num_classes}: only like can be averaged")
-    config = common.read_checkpoint(args.ckpt[0]).get("config")
-    known = re.findall(r"\d+", str(config.get("target_size"))) if isinstance(config, dict) else []
-    trained = tuple(map(int, known)) if len(known) == 2 else (1024, 512)
+    known = common.read_checkpoint(args.ckpt[0]).get("input_size")
+    ours = isinstance(known, (tuple, list)) and len(known) == 2 and all(isinstance(side, int) and side >= 32 for side in known)
+    trained = tuple(known) if ours else (1024, 512)
     args.keep_aspect, args.input_size = not args.input_size, args.input_size or trained
     return models
 

@@ -1049,7 +1049,7 @@ def test_predict_labels_takes_the_first_of_equals():
 def test_segment_images(capsys):
     """Any mode, size and orientation; equal names; against a plain forward pass at the photo's size."""
     model = noisy_network(0)
-    common.save_checkpoint("net.pth", model, config={"target_size": "(96, 64)"})
+    common.save_checkpoint("net.pth", model, input_size=(96, 64))
     rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Path("in/a/b").mkdir(parents=True), Path("other").mkdir()
     exif = Image.Exif()
@@ -1159,7 +1159,8 @@ def test_training_leaves_pictures(trained):
     assert np.array_equal(labels[22:150, x : x + 128], labels[154:282, x : x + 128])  # one target image ...
     assert (labels[22:150, :128] != labels[154:282, :128]).any()  # beside two source images
     best = torch.load(trained(intrada) / "stage1/best.pth", weights_only=True)
-    assert best["config"]["target_size"] == "(64, 64)" and best["oracle"]  # what eval.py takes the input's size from
+    warmup = torch.load(trained(intrada) / "warmup/last.pth", weights_only=True)
+    assert best["input_size"] == warmup["input_size"] == (64, 64) and best["oracle"]  # what eval.py takes the input's size from
 
 
 def test_pictures(trained, scenes):
