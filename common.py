@@ -89,6 +89,9 @@ def launch(main):
             dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, say head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except Exception as error:
         sentence = as_sentence(error)
         if sentence is None:

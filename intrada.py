@@ -315,14 +315,6 @@ def upsample(logits: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(logits, (height, width), mode="bilinear", align_corners=True)  # (B, C, h, w) -> (B, C, H, W)
 
 
-def upsampled_information(logits: Tensor, height: int, width: int) -> Tensor:
-    return self_information(upsample(logits, height, width))  # one function, so that --compile fuses it
-
-
-def upsampled_ce(logits: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
-    return segmentation_loss(upsample(logits, *labels.shape[1:]), labels, pixels)
-
-
 RARE_CLASSES = (3, 4, 5, 6, 7, 9, 12, 14, 15, 16, 17)  # wall fence pole light sign terrain rider truck bus train motorcycle
 
 
@@ -358,7 +350,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
     run = common.Run(args, name, args.out / name, config, iters, G, parts, validation, about, self_information)
     if run.finished:
         return run.result
-    autocast, (entropy_maps, ce) = precision_and_compiler(args, G, [upsampled_information, upsampled_ce])
+    autocast, (information, ce) = precision_and_compiler(args, G, [self_information, segmentation_loss])
     rest = (args.batch_size, run.start * n, iters * n, args.workers, device)
     source_batches = common.training_batches(source, args.seed, *rest)
     target_batches = target and common.training_batches(target, args.seed + 1, *rest)
@@ -380,8 +372,9 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
             labels = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
             with autocast:
                 prediction = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
-            source_main, source_aux = prediction.main, prediction.aux  # (B, C, h, w)
-            loss_seg_main, loss_seg_aux = ce(source_main, labels, pixels), ce(source_aux, labels, pixels)
+            source_main, source_aux, full = prediction.main, prediction.aux, labels.shape[1:]  # (B, C, h, w) and (H, W)
+            loss_seg_main = ce(upsample(source_main, *full), labels, pixels)
+            loss_seg_aux = ce(upsample(source_aux, *full), labels, pixels)
             ((loss_seg_main + args.lambda_seg_aux * loss_seg_aux) / n).backward()
 
             loss_adv_main = loss_adv_aux = loss_d_main = loss_d_aux = None
@@ -390,7 +383,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
                 images = common.normalize(target_batch["image"].to(device, non_blocking=True))
                 with autocast:
                     prediction = G(images)
-                target_maps = [entropy_maps(logits, *images.shape[2:]) for logits in prediction[:2]]  # main and aux, (B, C, H, W)
+                target_maps = [information(upsample(level, *images.shape[2:])) for level in prediction[:2]]  # 2 x (B, C, H, W)
                 d_inputs = [maps.detach().requires_grad_() for maps in target_maps]  # D's graph ends here, and serves two losses
                 with autocast:
                     target_main, target_aux = D_main(d_inputs[0]), D_aux(d_inputs[1])  # (B, 1, H/32, W/32)
@@ -400,7 +393,7 @@ def train(args, name: str, source, target, validation, initial, iters: int, hori
                 torch.autograd.backward(target_maps, [maps.grad for maps in d_inputs])  # ... and on through G
 
                 # -------- D tells the domains apart: 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target), on both heads
-                source_maps = [entropy_maps(logits.detach(), *labels.shape[1:]) for logits in (source_main, source_aux)]
+                source_maps = [information(upsample(level.detach(), *full)) for level in (source_main, source_aux)]
                 with autocast:
                     domain_main, domain_aux = D_main(source_maps[0]), D_aux(source_maps[1])
                 loss_d_main = (domain_loss(domain_main, SOURCE) + domain_loss(target_main, TARGET)) / 2
@@ -430,7 +423,7 @@ def precision_and_compiler(args, G: nn.Module, functions: list) -> tuple:
     """What --amp and --compile stand for: the context in which networks run, and the functions, compiled or as they are.
 
     G is compiled in place, which leaves the names in its state_dict alone. Shapes are fixed: one compilation for the
-    source's and one for the target's.
+    source's and one for the target's. Upsampling stays outside: torch 2.4 compiles its backward pass to wrong gradients.
     """
     if args.compile:
         G.compile(dynamic=False)
