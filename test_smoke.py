@@ -1,6 +1,6 @@
 """Tests of the whole repository: formulas against plain loops, files made by hand, every script from end to end.
 
-    python -m pytest -q test_smoke.py          about a minute on 2 CPU cores; no network, no downloads
+    python -m pytest -q test_smoke.py          about two minutes on 2 CPU cores; no network, no downloads
 
 Contents   1 helpers and fixtures   2 IntraDA's and the evaluation's maths   3 BCL's maths   4 networks
            5 labels, readers, sampler   6 weight files   7 street scenes   8 training, step by step as the papers have it
