@@ -283,7 +283,7 @@ class DeepLabV2(nn.Module):
     published checkpoints load by name. aux=False leaves out layer5, the auxiliary head on layer3. BatchNorm's affine
     parameters are frozen; its statistics are not (see `set_mode`). A 1024x512 image gives a 129x65 map. Weights and
     activations lie channels last, which convolutions are faster with. checkpoint_activations=True keeps only the input of
-    every block for the backward pass and computes the rest again: less memory, about a third more time.
+    every block for the backward pass and computes the rest again: less memory, one more forward pass.
     """
 
     checkpoint_activations = False
@@ -521,9 +521,10 @@ def load_weights(model: DeepLabV2, source, path="weights") -> WeightReport:
     return WeightReport(kind, list(state), skipped, initialised)
 
 
-def build_model(path) -> tuple:
-    """(DeepLabV2, WeightReport) for a checkpoint with trained heads: its architecture is read off its tensors."""
-    content = read_checkpoint(path)
+def build_model(path, content=None) -> tuple:
+    """(DeepLabV2, WeightReport) for a checkpoint with trained heads: its architecture is read off its tensors. content:
+    what `read_checkpoint` gave of it, if that is known already."""
+    content = read_checkpoint(path) if content is None else content
     _, state, _ = parse_weights(content, path)
     try:
         layers = [1 + max(int(n.split(".")[1]) for n in state if n.startswith(f"layer{i}.")) for i in (1, 2, 3, 4)]
@@ -956,7 +957,7 @@ def predict_maps(models: list, images: Tensor, scales=(1.0,), flip: bool = False
         x, size = images, [round(side * scale / max(scales)) for side in images.shape[2:]]
         if scale != max(scales):
             x = F.interpolate(x.float(), size, mode="bicubic", antialias=True).clamp(0, 255)
-        x = normalize(x).contiguous(memory_format=torch.channels_last)
+        x = normalize(x)
         logits = sum(model(x).main for model in models)
         if flip:  # mirrored back here: with align_corners, upsampling and mirroring commute
             logits = (logits + sum(model(x.flip(3)).main for model in models).flip(3)) / 2
@@ -1518,7 +1519,7 @@ class Run:
             self.log.show(f"{self.name} {done}/{self.iters}  mIoU {mean:.1f} on {outcome['images']} validation images", True)
             if rank() == 0:
                 picture = self.folder / "pictures" / f"{done:07d}.png"
-                write_panel(picture, self.model, self.validation, self.panel, device, self.entropy)
+                write_panel(picture, [("prediction", self.model)], self.validation, self.panel, device, self.entropy)
                 write_curves(self.folder / "curves.png", self.log.path)
                 if self.draw:
                     self.draw(picture.with_stem(f"{done:07d}_labels"), done)
@@ -1627,17 +1628,25 @@ def predict_with(maps, size: tuple, entropy) -> tuple:
     return prediction, torch.cat(rows)
 
 
+def entropy_map(maps, size: tuple, entropy) -> Tensor:
+    """The entropy (H,W) of `predict_with` alone."""
+    return torch.cat([entropy(block)[0].sum(0) for _, block in upsample_blocks(maps, size)])
+
+
 @torch.inference_mode()
-def write_panel(path, model: DeepLabV2, dataset: Labelled, names: list, device, entropy):
-    """One PNG with a row for each named image of the dataset: image, ground truth, prediction, entropy. The model stays as
-    it is; `entropy` as in `predict_with`."""
-    model, rows = inference_copy(model), []
+def write_panel(path, models: list, dataset: Labelled, names: list, device, entropy=None, truth="ground truth", **options):
+    """One PNG with a row for each named image of the dataset: image, ground truth, the prediction of each (title, model) on
+    its own and, if `entropy` is given (as in `predict_with`), the entropy of the last. The models stay as they are; options
+    are those of `predict_maps`."""
+    copies, rows = [inference_copy(model) for _, model in models], []
     for index in map(dataset.names.index, names):
         image, label = dataset.open(index)
-        maps = predict_maps([model], dataset[index]["image"][None].to(device))
-        prediction, uncertainty = predict_with(maps, label.size, entropy)
-        rows.append([np.asarray(image), np.asarray(label), prediction.cpu().numpy(), np.repeat(grey(uncertainty)[..., None], 3, 2)])
-    write_grid(path, ["image", "ground truth", "prediction", "entropy (black 0, white 1)"], rows, model.num_classes)
+        inputs = dataset[index]["image"][None].to(device)
+        maps = [predict_maps([model], inputs, **options) for model in copies]
+        row = [np.asarray(image), np.asarray(label), *(predict_labels(m, label.size).cpu().numpy() for m in maps)]
+        rows.append(row + ([np.repeat(grey(entropy_map(maps[-1], label.size, entropy))[..., None], 3, 2)] if entropy else []))
+    titles = ["image", truth, *(title for title, _ in models), *(["entropy (black 0, white 1)"] if entropy else [])]
+    write_grid(path, titles, rows, copies[0].num_classes)
 
 
 class Series(NamedTuple):

@@ -91,13 +91,14 @@ def newest_checkpoint() -> Path:
 def load_models(args, device) -> list:
     """The networks of --ckpt; fills in args.ckpt and args.input_size."""
     args.ckpt = args.ckpt or [newest_checkpoint()]
-    loaded = [common.build_model(path) for path in args.ckpt]
+    contents = [common.read_checkpoint(path) for path in args.ckpt]
+    loaded = [common.build_model(path, content) for path, content in zip(args.ckpt, contents)]
     models, num_classes = [model.to(device) for model, _ in loaded], loaded[0][0].num_classes
     for path, (model, report) in zip(args.ckpt, loaded):
         print(f"{path}: {report}")
         if model.num_classes != num_classes:
             raise UserError(f"{path} predicts {model.num_classes} classes, {args.ckpt[0]} {num_classes}: only like can be averaged")
-    known = common.read_checkpoint(args.ckpt[0]).get("input_size")
+    known = contents[0].get("input_size")
     ours = isinstance(known, (tuple, list)) and len(known) == 2 and all(isinstance(side, int) and side >= 32 for side in known)
     trained = tuple(known) if ours else (1024, 512)
     args.keep_aspect, args.input_size = not args.input_size, args.input_size or trained
@@ -144,30 +145,11 @@ def picture_writer(folder: Path, num_classes: int):
     """An on_image callback for `common.evaluate` that writes the coloured prediction and the entropy map (white: 1)."""
 
     def write(name, maps, label, prediction):
-        entropy = common.grey(common.predict_with(maps, tuple(label.shape[::-1]), self_information)[1])
+        entropy = common.grey(common.entropy_map(maps, tuple(label.shape[::-1]), self_information))
         common.write_png(folder / f"{name}_colour.png", prediction.cpu().numpy(), common.palette_for(num_classes))
         common.write_png(folder / f"{name}_entropy.png", entropy)
 
     return write
-
-
-def write_panel(path: Path, checkpoints: list, models: list, dataset, rows: int, device, **options):
-    """One PNG: a row per image, with columns image, label and the prediction of each model alone."""
-    chosen, columns = spread(len(dataset), rows), [[], []]
-    for index in chosen:
-        image, label = dataset.open(index)
-        columns[0].append(np.asarray(image))
-        columns[1].append(np.asarray(label))
-    for model in models:
-        predictions = []
-
-        def keep(name, maps, label, prediction, predictions=predictions):
-            predictions.append(prediction.cpu().numpy())
-
-        common.evaluate([model], Subset(dataset, chosen), device, on_image=keep, **options)
-        columns.append(predictions)
-    titles = ["image", "label", *(checkpoint.parent.name for checkpoint in checkpoints)]
-    common.write_grid(path, titles, list(zip(*columns)), dataset.num_classes)
 
 
 def evaluate_labelled(args, models: list, device):
@@ -182,7 +164,9 @@ def evaluate_labelled(args, models: list, device):
     print(common.score_table({"IoU": result}))
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
     if args.panel:
-        write_panel(args.panel, args.ckpt, models, dataset, args.rows, device, **options)
+        columns = [(checkpoint.parent.name, model) for checkpoint, model in zip(args.ckpt, models)]
+        names = [dataset.names[i] for i in spread(len(dataset), args.rows)]
+        common.write_panel(args.panel, columns, dataset, names, device, truth="label", **options)
     if args.json:
         common.write_text(args.json, json.dumps({**result, "confusion": result["confusion"].tolist()}, indent=1) + "\n")
 
@@ -316,7 +300,7 @@ def sample_features(args, model, dataset, rng, device) -> tuple:
     class; and the classes' masked-average prototypes (K,D) and labels (K,). One pass; memory does not grow with it."""
     C, total, count, kept = model.num_classes, 0, 0, {}
     for item in common.one_by_one(Subset(dataset, spread(len(dataset), args.max_images)), args.workers, device):
-        f = model(common.normalize(item["image"][None].to(device)).contiguous(memory_format=torch.channels_last)).features
+        f = model(common.normalize(item["image"][None].to(device))).features
         y = downsample(item["label"][None].to(device), f)[0].flatten()  # (hw,)
         f = f[0].flatten(1).T  # (hw, D)
         one_hot = (y == torch.arange(C, device=device)[:, None]).float()  # (C, hw)

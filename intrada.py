@@ -181,9 +181,9 @@ def add_shared_flags(parser, add, out: str):
     add(g, "--workers", "processes that read images, for each domain", type=number(int, 0, 256))
     add(g, "--device", "cpu or cuda; cuda if there is one", choices=("cpu", "cuda"))
     add(g, "--amp", "convolutions in bfloat16, losses in float32 (default: on with CUDA)", **SWITCH)
-    add(g, "--compile", "compile networks and losses: minutes at the start, then faster", default=False, **SWITCH)
+    add(g, "--compile", "compile network and losses, which takes a while at the start", default=False, **SWITCH)
     add(g, "--grad-accum", "batches per optimizer step, one after the other, where a larger batch does not fit", type=POSITIVE, default=1)
-    checkpoint_help = "compute activations again in the backward pass instead of keeping them: less memory, a third slower"
+    checkpoint_help = "compute activations again in the backward pass instead of keeping them: less memory, one more forward pass"
     add(g, "--checkpoint-activations", checkpoint_help, default=False, **SWITCH)
 
 
@@ -469,7 +469,8 @@ def predict_target(args, checkpoint: Path, images: dict) -> dict:
         text = common.png_text(folder / f"{name}_trainids.png")
         return tuple(map(float, text["entropy"].split())) if text.get("origin") == origin else None
 
-    missing = {name: path for name, path in images.items() if not finished(name)}
+    known = {name: finished(name) for name in images}
+    missing = {name: path for name, path in images.items() if not known[name]}
     common.wait_for_ranks()  # until all have looked
     if missing:
         G, report = common.build_model(checkpoint)
@@ -489,7 +490,7 @@ def predict_target(args, checkpoint: Path, images: dict) -> dict:
         common.wait_for_ranks()
     else:
         print(f"stage 2: {len(images)} target images are already predicted with {checkpoint}")
-    return {name: finished(name) for name in images}
+    return {name: known[name] or finished(name) for name in images}
 
 
 def rank_target(args, checkpoint: Path, images: dict):

@@ -1166,7 +1166,7 @@ def test_training_leaves_pictures(trained):
 def test_pictures(trained, scenes):
     dataset = common.validation_set("cityscapes", scenes / "Cityscapes", 19, (64, 64))
     model, names = common.build_model(trained(intrada) / "stage3/last.pth")[0].train(), dataset.names[3:0:-2]
-    common.write_panel("out/panel.png", model, dataset, names, torch.device("cpu"), intrada.self_information)
+    common.write_panel("out/panel.png", [("prediction", model)], dataset, names, torch.device("cpu"), intrada.self_information)
     panel = np.asarray(Image.open("out/panel.png").convert("RGB"))
     image, label = dataset.open(dataset.names.index(names[0]))
     truth = common.colour(np.asarray(label.resize((128, 128), Image.NEAREST)), 19)
