@@ -1,41 +1,45 @@
-"""BCL: bi-directional contrastive learning for domain adaptive semantic segmentation (ECCV 2022).
+"""BCL: bi-directional contrastive learning for domain adaptive segmentation (ECCV 2022).
 
-Lee, Eom, Lee, Park, Ham. Pixels of one domain are pulled towards the class prototypes of the other, in both directions.
-Target labels are hybrid: static pseudo labels, refreshed every round, filled up with dynamic ones that come from source
-prototypes calibrated by the class-wise domain bias. The released code has neither calibration nor EMA prototypes, and
-its dynamic labels are dead code; this file follows the paper.
+Lee, Eom, Lee, Park, Ham. Pixels of one domain are pulled towards the class prototypes of the other,
+in both directions. Target labels are hybrid: static pseudo labels, refreshed every round, filled up
+with dynamic ones, which come from source prototypes that the class-wise domain bias calibrates.
 
-    python bcl.py --tau 0.8 --momentum 0.999                         demo: built-in scenes, small network, CPU
-    python bcl.py --tau 0.8 --momentum 0.999 --data-root DIR         GTA5 -> Cityscapes, ResNet-101, the paper's constants
-    python bcl.py --data-root DIR --init FILE --warmup-iters 0       start from given source-only weights
+    python bcl.py --tau 0.8 --momentum 0.999                         demo: built-in scenes, CPU
+    python bcl.py --tau 0.8 --momentum 0.999 --data-root DIR         GTA5 -> Cityscapes, ResNet-101
+    python bcl.py --data-root DIR --init FILE --warmup-iters 0       from given source-only weights
     torchrun --nproc_per_node=2 bcl.py --data-root DIR               on two GPUs, batch 4 + 4
 
-Where the paper leaves a choice, or this differs from the released code:
+The same command again goes on where the run stopped.
+
+The released code has neither calibration nor EMA prototypes, and its dynamic labels are dead code;
+this file follows the paper. Where the paper leaves a choice, or the released code differs:
 D1  Encoder features are layer4's output (2048-d), not concatenated classifier logits.
-D2  Each parameter is in the optimizer once; --lr-backbone-mult 3 keeps the speed of the released list, which repeats them.
-D3  Prototypes of a class are averaged over the images of a batch that hold it before the EMA moves; the losses use each
-    pair's own prototypes. Batch size is free.
+D2  Each parameter is in the optimizer once; the released list repeats them.
+D3  Prototypes of a class are averaged over the images of a batch that hold it before the EMA moves;
+    the losses use each pair's own prototypes. Batch size is free.
 D4  The poly decay runs within a round and starts again, at half the learning rate, in the next.
-D5  Static thresholds come from confidence histograms of 65,536 bins, linear in -log(1 - p): they tell confidences apart as
-    long as float32 does, which bins linear in p do not where networks are sure (above 0.99998). "The image's
-    own top r" is over all its pixels, of any class.
-D6  Labels made for the stride-8 map and for the full image agree: a static label is picked by nearest-exact, a dynamic one
-    is enlarged by nearest-exact.
+D5  Static thresholds come from confidence histograms of 65,536 bins, linear in -log(1 - p): they
+    tell confidences apart as long as float32 does, also where a network is surer than 0.99998.
+    "The image's own top r" is over all its pixels, of any class.
+D6  Labels for the stride-8 map and for the full image agree: a static label is picked by
+    nearest-exact, a dynamic one is enlarged by nearest-exact.
 D7  A loss over no pixel is 0 with zero gradient (no class in common, a crop that is all ignore).
-D8  An image is never scaled below the crop, so nothing is padded: at the paper's sizes the factor 0.8 becomes 730/850.
-D9  Under torchrun the batch is that of all processes: one EMA, one mean cross-entropy. With --grad-accum each batch moves
-    the EMA and has its own target cross-entropy; only the optimizer step is shared. --lr is not scaled.
+D8  An image is never scaled below the crop, so nothing is padded: at the paper's sizes the factor
+    0.8 becomes 730/850.
+D9  Under torchrun there is one EMA, of the prototypes of all processes; gradients are averaged;
+    --lr is not scaled.
+
+Not supported: other networks, several target domains, Windows.
 """
 
 import argparse
 import copy
-import hashlib
 import json
 import math
-import shutil
+import os
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -43,123 +47,221 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset, Subset
 
 import common
-from common import IGNORE
-from intrada import (
-    POSITIVE, REAL, SHARE, SIDE, SWITCH, WHOLE, add_shared_flags, batch_text, finish_args, labelled_pixels, new_parser, number,
-    precision_and_compiler, segmentation_loss, self_information, size, training_config, upsample,
-)  # fmt: skip
+from common import IGNORE, UserError
 
-# ---------------------------------------------------------------- arguments
+# ====================================================================== arguments
 
-# flag: (paper, demo)
-DEFAULTS = {
-    "init": ("imagenet", "none"),
-    "layers": ((3, 4, 23, 3), (1, 1, 1, 1)),
-    "width": (64, 16),
-    "target_size": ((1024, 512), (256, 128)),
-    "short_side": (850, 128),
-    "crop": (730, 128),
-    "scales": ((0.8, 1.0, 1.2), (1.0, 1.2)),
-    "warmup_short_side": (720, 128),
-    "warmup_crop": (600, 128),
-    "batch_size": (2, 2),
-    "warmup_iters": (40_000, 600),
-    "warmup_lr": (2.5e-4, 1e-2),
-    "rounds": (6, 2),
-    "round_iters": (10_000, 150),
-    "lr": (7.5e-5, 5e-3),
-    "bn": ("batch", "batch"),
-    "lambda_ent": (0.4, 0.02),
-    "lambda_fcl": (0.1, 0.3),
-    "lambda_bcl": (0.1, 0.3),
-    "target_weight": (1.0, 0.3),
-    "lr_backbone_mult": (3.0, 3.0),
-    "lr_head_mult": (10.0, 0.3),
-    "eval_every": (2_000, 200),
-    "save_every": (1_000, 100),
-    "log_every": (50, 20),
-    "workers": (4, 0),
+# What the demo, that is a run without a data root, uses in place of the defaults.
+DEMO = {
+    "init": "none",
+    "layers": (1, 1, 1, 1),
+    "width": 16,
+    "target_size": (256, 128),
+    "short_side": 128,
+    "crop": 128,
+    "scales": (1.0, 1.2),
+    "warmup_short_side": 128,
+    "warmup_crop": 128,
+    "warmup_iters": 600,
+    "warmup_lr": 1e-2,
+    "rounds": 2,
+    "round_iters": 150,
+    "lr": 5e-3,
+    "lambda_ent": 0.02,
+    "lambda_fcl": 0.3,
+    "lambda_bcl": 0.3,
+    "target_weight": 0.3,
+    "lr_head_mult": 0.3,
+    "eval_every": 200,
+    "save_every": 100,
+    "log_every": 20,
+    "workers": 0,
 }
+# Flags of these groups make a run what it is; those of the others may change when it goes on.
+IDENTITY = ("data", "warm-up", "schedule", "method", "network")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind (int or float) from low to high."""
+
+    def parse_number(text: str):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # what argparse calls it when kind(text) fails
+    return parse_number
+
+
+def size(text: str) -> tuple:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 16384 for s in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, at least 32x32, say 1024x512")
+    return int(sides[0]), int(sides[1])
+
+
+def layers(text: str) -> tuple:
+    counts = text.split(",")
+    if len(counts) != 4 or not all(c.isdecimal() and 0 < int(c) < 1000 for c in counts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give four block counts, say 3,4,23,3")
+    return tuple(int(c) for c in counts)
 
 
 def scales(text: str) -> tuple:
-    try:
-        values = tuple(float(v) for v in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(0 < v <= 10 for v in values):
-        raise argparse.ArgumentTypeError(f"{text!r}: give factors above 0, say 0.8,1.0,1.2")
-    return values
+    factor = number(float, 0.01, 10)
+    return tuple(factor(part) for part in text.split(","))
 
 
-def parse_args() -> argparse.Namespace:
-    parser, add = new_parser(__doc__, DEFAULTS)
-    g = parser.add_argument_group("method")
-    tau_help = "τ, least cosine similarity of a dynamic label: higher is sparser and purer; the paper tries 0.5 to 0.9"
-    add(g, "--tau", tau_help, type=number(float, -1, 1), default=0.8)
-    add(g, "--momentum", "λ of the EMA prototypes; the paper tries 0.99, 0.999, 0.9999", type=SHARE, default=0.999)
-    add(g, "--temperature", "T_c of the contrastive softmax", type=number(float, 1e-3), default=0.1)
-    add(g, "--lambda-ce", "weight of the two cross-entropies", type=REAL, default=1.0)
-    add(g, "--lambda-ent", "weight of the two entropies", type=REAL)
-    add(g, "--lambda-fcl", "weight of FCL (target pixels, source prototypes); the paper tries 0.1 to 0.7", type=REAL)
-    add(g, "--lambda-bcl", "weight of BCL (source pixels, target prototypes); the paper tries 0.1 to 0.7", type=REAL)
-    add(g, "--target-weight", "weight of the target's half of both; 0.3 in the released configuration", type=REAL)
-    add(g, "--static-ratio", "r, share of most confident pixels that get a static label", type=SHARE, default=0.1)
-    kinds = ("static", "dynamic", "hybrid")
-    add(g, "--labels", "target labels; hybrid is static where there is one, else dynamic", choices=kinds, default="hybrid")
-    add(g, "--calibrate", "move source prototypes by the domain bias ξ before they label", default=True, **SWITCH)
+def parse() -> tuple:
+    """(args, settings): settings {flag: text} are those that make the run what it is."""
+    parser = Parser(
+        description=__doc__,
+        epilog=f"Without a data root the demo runs, whose defaults are {DEMO}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    on_off = argparse.BooleanOptionalAction
+    count = number(int, 1, 10**9)
+    count_or_0 = number(int, 0, 10**9)
+    real = number(float, 0, 1e6)
+    share = number(float, 0, 1)
+    side = number(int, 32, 16384)
+
+    g = parser.add_argument_group("files")
+    g.add_argument("--data-root", type=Path, help="folder with GTA5/, Cityscapes/, ...; none: demo")
+    g.add_argument("--source-root", type=Path, help="the source's folder, if not below --data-root")
+    g.add_argument("--target-root", type=Path, help="the target's folder, if not below --data-root")
+    g.add_argument("--out", type=Path, default="runs/bcl", help="folder of this run's files")
+
+    g = parser.add_argument_group("data")
+    g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
+    g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
+    g.add_argument("--num-classes", type=number(int, 2, 255), default=19, help="C; not 19: folders")
+    g.add_argument("--target-size", type=size, default="1024x512", help="static labels, evaluation")
+    g.add_argument("--short-side", type=side, default=850, help="before the crop (released)")
+    g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
+    g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
+    g.add_argument("--flip", action=on_off, default=True, help="mirror half of the images")
+
+    g = parser.add_argument_group("warm-up")
+    g.add_argument("--warmup-iters", type=count_or_0, default=40_000, help="source only (ours)")
+    g.add_argument("--warmup-lr", type=real, default=2.5e-4, help="its learning rate (ours)")
+    g.add_argument("--warmup-short-side", type=side, default=720, help="its --short-side (rel.)")
+    g.add_argument("--warmup-crop", type=side, default=600, help="its --crop (released)")
 
     g = parser.add_argument_group("schedule")
-    add(g, "--warmup-iters", "source-only iterations before the first round", type=WHOLE)
-    add(g, "--warmup-lr", "SGD learning rate of the warm-up", type=REAL)
-    add(g, "--rounds", "rounds; each starts with new static labels and half the learning rate of the one before", type=POSITIVE)
-    add(g, "--round-iters", "iterations per round", type=POSITIVE)
-    add(g, "--lr", "SGD learning rate of the first round; decays by poly 0.9 within a round", type=REAL)
-    add(g, "--batch-size", "pairs of a source and a target image per iteration", type=POSITIVE)
+    g.add_argument("--rounds", type=count, default=6, help="each with new static labels, half lr")
+    g.add_argument("--round-iters", type=count, default=10_000, help="of a round (paper)")
+    g.add_argument("--lr", type=real, default=7.5e-5, help="SGD, first round (released)")
+    g.add_argument("--batch-size", type=count, default=2, help="pairs of images (paper)")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
 
-    g = parser.add_argument_group("images")
-    add(g, "--short-side", "short side of an image before the crop, times one of --scales", type=number(int, 1, 16384))
-    add(g, "--scales", "factors, one is drawn per image", type=scales)
-    add(g, "--crop", "side of the random square crop", type=SIDE)
-    add(g, "--warmup-short-side", "--short-side of the warm-up", type=number(int, 1, 16384))
-    add(g, "--warmup-crop", "--crop of the warm-up", type=SIDE)
-    add(g, "--flip", "mirror an image with probability 1/2", default=True, **SWITCH)
-    add(g, "--target-size", "whole target images are resized to WxH for static labels and evaluation", type=size)
+    g = parser.add_argument_group("method")
+    g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ; paper: 0.5 to 0.9")
+    g.add_argument("--momentum", type=share, default=0.999, help="λ of the EMA; 0.99 to 0.9999")
+    g.add_argument("--temperature", type=number(float, 1e-3), default=0.1, help="T_c (paper)")
+    g.add_argument("--lambda-ce", type=real, default=1.0, help="of both cross-entropies (paper)")
+    g.add_argument("--lambda-ent", type=real, default=0.4, help="of both entropies (paper)")
+    g.add_argument("--lambda-fcl", type=real, default=0.1, help="of FCL; paper: 0.1 to 0.7")
+    g.add_argument("--lambda-bcl", type=real, default=0.1, help="of BCL; paper: 0.1 to 0.7")
+    g.add_argument("--target-weight", type=real, default=1.0, help="of the target's CE and entropy")
+    g.add_argument("--static-ratio", type=share, default=0.1, help="r, top share that is labelled")
+    kinds = ("static", "dynamic", "hybrid")
+    g.add_argument("--labels", choices=kinds, default="hybrid", help="y_T, the target labels")
+    g.add_argument("--calibrate", action=on_off, default=True, help="add the domain bias ξ")
 
-    add_shared_flags(parser, add, "runs/bcl")
-    return finish_args(parser, DEFAULTS)
+    g = parser.add_argument_group("network")
+    g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
+    g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
+    g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="statistics in use")
+    g.add_argument("--lr-backbone-mult", type=real, default=3.0, help="factor on the backbone's lr")
+    g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (paper)")
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--eval-every", type=count_or_0, default=2_000, help="iterations; 0: at the end")
+    g.add_argument("--save-every", type=count, default=1_000, help="iterations between saves")
+    g.add_argument("--log-every", type=count, default=50, help="iterations between log records")
+
+    g = parser.add_argument_group("speed")
+    g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: with cuda")
+    g.add_argument("--compile", action=on_off, default=False, help="slow start, faster iterations")
+    g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
+    g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
+
+    args = parser.parse_args()
+    args.demo = not (args.data_root or args.source_root or args.target_root)
+    if args.demo:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(namespace=argparse.Namespace(demo=True))
+    check(args)
+    settings = {}
+    for group in parser._action_groups:
+        if group.title in IDENTITY:
+            for action in group._group_actions:
+                settings[action.dest] = str(getattr(args, action.dest))
+    return args, settings
 
 
-# ---------------------------------------------------------------- the method's maths, in the paper's order
-# f: encoder features of one image, (D, h, w) at stride 8; y: its labels, (h, w) trainIds with 255 = none; C classes.
+def check(args):
+    """Refuse what concerns more than one flag."""
+    if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
+        raise UserError("--num-classes other than 19 needs --source folder and --target folder")
+    for side in ("source", "target"):
+        if getattr(args, side) == "folder" and not getattr(args, f"{side}_root"):
+            raise UserError(f"--{side} folder needs --{side}-root, which holds images/ and labels/")
+    if args.source_root and args.target_root:
+        if args.source_root.resolve() == args.target_root.resolve():
+            raise UserError("--source-root and --target-root are one folder: it has target labels")
+    if args.init == "imagenet" and (args.layers != (3, 4, 23, 3) or args.width != 64):
+        raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
+    if args.compile and args.checkpoint_activations:
+        raise UserError("--compile and --checkpoint-activations exclude each other: drop one")
+
+
+# ====================================================================== the method's maths
+# In the paper's order. f: encoder features of one image, (D, h, w) at stride 8; y: its labels,
+# (h, w) trainIds with 255 = none; C classes.
 
 
 def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> tuple:
     """Masked average pooling: p(c) = Σ_p f(p) y(p,c) / Σ_p y(p,c).
 
-    features (D,h,w), labels (h,w) -> prototypes (C,D), zero for a class without a pixel, and present (C,) bool.
+    features (D,h,w), labels (h,w) -> prototypes (C,D), zero for a class without a pixel, and
+    present (C,) bool.
     """
     classes = torch.arange(num_classes, device=labels.device)
-    one_hot = (labels.flatten() == classes[:, None]).to(features.dtype)  # (C, hw); 255 matches no class
+    one_hot = (labels.flatten() == classes[:, None]).to(features.dtype)  # (C, hw); 255 matches none
     count = one_hot.sum(1, keepdim=True)  # (C, 1)
-    return one_hot @ features.flatten(1).T / count.clamp(min=1), count[:, 0] > 0  # (C, hw) @ (hw, D) -> (C, D)
+    prototypes = one_hot @ features.flatten(1).T / count.clamp(min=1)  # (C, hw) @ (hw, D) -> (C, D)
+    return prototypes, count[:, 0] > 0
 
 
 def similarities(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine s(f(p), p(c)) of every position with every prototype: (D,h,w) and (C,D) -> (C, h*w) in [-1, 1]."""
-    unit = F.normalize(features.flatten(1), dim=0, eps=1e-4)  # a feature of all zeros gets similarity 0
+    """Cosine s(f(p), p(c)) of positions and prototypes: (D,h,w), (C,D) -> (C,hw) in [-1, 1]."""
+    unit = F.normalize(features.flatten(1), dim=0, eps=1e-4)  # zeros stay zeros
     return F.normalize(prototypes, dim=1, eps=1e-4) @ unit
 
 
-def contrastive_loss(features: Tensor, labels: Tensor, prototypes: Tensor, present: Tensor, temperature: float) -> Tensor:
-    """-(1/|Ω|) Σ_{p∈Ω} Σ_c y(p,c) log [ exp(s(f(p),p(c))/T) / Σ_{c' present} exp(s(f(p),p(c'))/T) ], a scalar >= 0.
+def contrastive_loss(
+    features: Tensor, labels: Tensor, prototypes: Tensor, present: Tensor, temperature: float
+) -> Tensor:
+    """L = -(1/|Ω|) Σ_{p∈Ω} log [ exp(s(f(p),p(y(p)))/T) / Σ_{c present} exp(s(f(p),p(c))/T) ].
 
-    features (D,h,w) and labels (h,w) of one domain, prototypes (C,D) and present (C,) of the other: target pixels and
-    source prototypes make FCL, source pixels and target prototypes BCL. Ω: positions whose label is a present class;
-    where there is none the loss is 0 with zero gradient.
+    features (D,h,w) and labels (h,w) of one domain, prototypes (C,D) and present (C,) of the other:
+    target pixels and source prototypes make FCL, source pixels and target prototypes BCL. Ω:
+    positions whose label is a present class; where there is none the loss is 0 with zero gradient.
     """
     logits = similarities(features, prototypes) / temperature  # (C, hw)
-    log_p = logits.masked_fill(~present[:, None], -1e30).log_softmax(0)  # -1e30, not -inf: no NaN if none is present
+    # -1e30, not -inf: no NaN where no class is present
+    log_p = logits.masked_fill(~present[:, None], -1e30).log_softmax(0)
     labels = labels.flatten().long()
     label = labels.clamp(max=len(present) - 1)  # any valid index where the label is 255
     chosen = (labels < len(present)) & present[label]  # (hw,): Ω
@@ -168,7 +270,7 @@ def contrastive_loss(features: Tensor, labels: Tensor, prototypes: Tensor, prese
 
 
 class PrototypeEMA(nn.Module):
-    """μ(c) <- λ μ(c) + (1-λ) p(c) for the classes present; the first sight of a class initialises it.
+    """μ(c) <- λ μ(c) + (1-λ) p(c) for the classes present; the first sight initialises μ(c).
 
     Buffers: mean (C,D) and seen (C,) bool. They move with .to() and live in the checkpoint.
     """
@@ -182,41 +284,90 @@ class PrototypeEMA(nn.Module):
     @torch.no_grad()
     def update(self, prototypes: Tensor, present: Tensor):
         """prototypes (C,D), present (C,) bool."""
-        moved = torch.where(self.seen[:, None], torch.lerp(prototypes, self.mean, self.momentum), prototypes)
+        moved = torch.lerp(prototypes, self.mean, self.momentum)
+        moved = torch.where(self.seen[:, None], moved, prototypes)
         self.mean.copy_(torch.where(present[:, None], moved, self.mean))
         self.seen |= present
 
 
-def calibrate(source_prototypes: Tensor, present: Tensor, ema_source: PrototypeEMA, ema_target: PrototypeEMA) -> Tensor:
-    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c), 0 while either is unseen.
+def batch_mean(pairs: list) -> tuple:
+    """What the EMA is fed: [(prototypes (C,D), present (C,))] of a batch's images to their mean
+    over the images that hold the class, on all ranks: ((C,D), (C,) bool)."""
+    count = common.over_ranks(sum(present.float() for _, present in pairs))  # (C,)
+    total = common.over_ranks(sum(p.detach() * present[:, None] for p, present in pairs))  # (C, D)
+    return total / count.clamp(min=1)[:, None], count > 0
 
-    source_prototypes (C,D), present (C,) -> (C,D); a class that is not present stays zero.
+
+def calibrate(
+    prototypes: Tensor, present: Tensor, ema_source: PrototypeEMA, ema_target: PrototypeEMA
+) -> Tensor:
+    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c).
+
+    source prototypes (C,D), present (C,) -> (C,D). ξ is 0 while either side is unseen; a class that
+    is not present stays zero.
     """
-    known = (ema_source.seen & ema_target.seen & present)[:, None]
-    return torch.where(known, source_prototypes + ema_target.mean - ema_source.mean, source_prototypes)
+    known = ema_source.seen & ema_target.seen & present
+    calibrated = prototypes + ema_target.mean - ema_source.mean
+    return torch.where(known[:, None], calibrated, prototypes)
 
 
 @torch.no_grad()
 def dynamic_labels(features: Tensor, prototypes: Tensor, present: Tensor, tau: float) -> Tensor:
-    """y_D(p) = argmax_c s(f_T(p), p_{S→T}(c)) over the present classes if that similarity is > τ, else 255.
+    """y_D(p) = argmax_c s(f_T(p), p_{S→T}(c)) over present classes if that is > τ, else 255.
 
     features (D,h,w), prototypes (C,D), present (C,) -> (h,w) int64.
     """
-    similarity, label = similarities(features, prototypes).masked_fill(~present[:, None], -2).max(0)  # (hw,)
-    return torch.where(similarity > tau, label, IGNORE).view(features.shape[1:])
+    similarity = similarities(features, prototypes).masked_fill(~present[:, None], -2)
+    best, label = similarity.max(0)  # (hw,)
+    return torch.where(best > tau, label, IGNORE).view(features.shape[1:])
 
 
 def hybrid_labels(static: Tensor, dynamic: Tensor) -> Tensor:
-    """y_T = y_F where the static label y_F exists, else the dynamic label y_D: two (h,w) integer maps to one (int64)."""
+    """y_T = y_F where the static label y_F exists, else the dynamic y_D: (h,w) each, int64."""
     return torch.where(static != IGNORE, static.long(), dynamic.long())
 
 
-BINS, TOP = 65_536, 17.0  # bins of the confidence histograms, over -log(1 - p) from 0 to TOP, where float32 ends
+def self_information(logits: Tensor) -> Tensor:
+    """-P log P / log C: logits (B,C,H,W) to (B,C,H,W) in [0, 1]. Finite for any logits."""
+    log_p = logits.log_softmax(1)
+    return -log_p.exp() * log_p / math.log(logits.shape[1])
+
+
+def pixel_entropy(logits: Tensor) -> Tensor:
+    """Normalised entropy of every pixel: logits (B,C,H,W) to (B,H,W) in [0, 1]."""
+    return self_information(logits).sum(1)
+
+
+def entropy_loss(logits: Tensor) -> Tensor:
+    """Mean over pixels of -Σ_c P log P / log C: logits (B,C,H,W) to a scalar in [0, 1]."""
+    return pixel_entropy(logits).mean()
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, mean over labelled pixels; 0 if there is none.
+
+    logits (B,C,H,W), labels (B,H,W) int64 trainIds with 255 = ignore.
+    """
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def pick(labels: Tensor, like: Tensor) -> Tensor:
+    """Labels (B,H,W) at the positions of a map (..,h,w), nearest-exact -> (B,h,w) int64."""
+    size = like.shape[-2:]
+    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+
+
+# ====================================================================== static labels
+# Confidences are counted in bins that are linear in -log(1 - p), from 0 to TOP, where float32 ends.
+BINS = 65_536
+TOP = 17.0
 
 
 def confidence_bins(confidence: Tensor) -> Tensor:
-    """Confidences in [0, 1] to bins 0..BINS-1 (int64), which are kept as 16 bits between counting and cutting."""
-    return (-torch.log1p(-confidence.double()) * (BINS / TOP)).clamp(max=BINS - 1).long()
+    """Confidences in [0, 1] to bins 0..BINS-1 (int64)."""
+    bins = -torch.log1p(-confidence.double()) * (BINS / TOP)
+    return bins.clamp(max=BINS - 1).long()
 
 
 def bin_confidence(bins: Tensor) -> Tensor:
@@ -227,370 +378,491 @@ def bin_confidence(bins: Tensor) -> Tensor:
 def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
     """Bin of each class from which on the top `ratio` of its pixels lie.
 
-    histogram (C,bins): pixels predicted as class c by confidence bin -> (C,) int64, the highest bin b such that the bins
-    from b up hold at least ratio of the class's pixels. A class without a pixel gets the number of bins, which no pixel
-    reaches, as does every class at ratio 0.
+    histogram (C,bins): pixels predicted as class c by confidence bin -> (C,) int64, the highest bin
+    b such that the bins from b up hold at least ratio of the class's pixels. A class without a
+    pixel gets the number of bins, which no pixel reaches, as does every class at ratio 0.
     """
     from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (C, bins): pixels in bin b and above
-    enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # from_top falls with b, so this counts b = 0 .. the one sought
-    return torch.where((from_top[:, 0] > 0) & (ratio > 0), enough - 1, histogram.shape[1])
+    enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # from_top falls: counts b = 0 .. sought
+    some = (from_top[:, 0] > 0) & (ratio > 0)
+    return torch.where(some, enough - 1, histogram.shape[1])
 
 
-def entropy_loss(logits: Tensor) -> Tensor:
-    """Mean over pixels of -Σ_c P log P / log C: logits (B,C,H,W) -> a scalar in [0, 1]."""
-    return self_information(logits).sum(1).mean()
+def choose_static(prediction: Tensor, bins: Tensor, thresholds: Tensor, ratio: float) -> Tensor:
+    """y_F: the prediction where its confidence is in the top ratio of its class or of this image.
 
-
-def downsample(labels: Tensor, like: Tensor) -> Tensor:
-    """Labels (B,H,W) picked at the positions of a map (..,h,w), nearest-exact -> (B,h,w)."""
-    return F.interpolate(labels[:, None].float(), like.shape[-2:], mode="nearest-exact")[:, 0].long()
-
-
-def batch_mean(prototypes: list) -> tuple:
-    """What the EMA is fed: [(prototypes (C,D), present (C,))] of the images to their mean over the images with the class,
-    on all ranks."""
-    count = common.over_ranks(sum(present.float() for _, present in prototypes))  # (C,)
-    total = common.over_ranks(sum(p.detach() * present[:, None] for p, present in prototypes))  # (C, D)
-    return total / count.clamp(min=1)[:, None], count > 0
-
-
-# ---------------------------------------------------------------- static labels
-
-
-def choose_static(prediction: Tensor, bins: Tensor, threshold_bins: Tensor, ratio: float) -> Tensor:
-    """y_F: the prediction where its confidence is in the top ratio of its class over the whole set, or of this image.
-
-    prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, threshold_bins (C,) -> (H,W) int64 with 255.
+    prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, thresholds (C,) -> (H,W) int64.
     """
-    top = max(1, math.ceil(ratio * bins.numel()))
-    own = bins.flatten().float().topk(top).values[-1] if ratio > 0 else BINS  # least of the image's own top r
-    keep = (bins >= threshold_bins[prediction.long()]) | (bins >= own)
+    own = BINS  # least bin of the image's own top share
+    if ratio > 0:
+        top = max(1, math.ceil(ratio * bins.numel()))
+        own = bins.flatten().float().topk(top).values[-1]
+    keep = (bins >= thresholds[prediction.long()]) | (bins >= own)
     return torch.where(keep, prediction.long(), IGNORE)
 
 
 @torch.no_grad()
-def predict(G, image: Tensor, out_size: tuple) -> tuple:
-    """Eval-mode prediction of one image (3,H,W) uint8: (label (H,W) uint8, confidence bins (H,W) int64) at out_size (W,H)."""
+def confident_prediction(G, image: Tensor, out_size: tuple) -> tuple:
+    """One image (3,H,W) uint8 to its label (H,W) and confidence bins (H,W) int64 at out_size."""
     logits = G(common.normalize(image[None])).main
-    best = [block[0].softmax(0).max(0) for _, block in common.upsample_blocks(logits, out_size)]
-    confidence, label = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
-    return label.to(torch.uint8), confidence_bins(confidence)
+    confidence, label = common.upsample(logits, out_size)[0].softmax(0).max(0)
+    return label, confidence_bins(confidence)
 
 
 @torch.no_grad()
-def make_static_labels(args, G, images: dict, folder: Path) -> tuple:
-    """Write <folder>/labels/<name>.png and <folder>/colour/<name>.png for every target image.
+def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
+    """Write the static labels of a round: <folder>/labels/<name>.png and <folder>/labels.json.
 
-    Returns the thresholds (C,) in bins and the share of labelled pixels in percent.
-
-    One pass of the network leaves prediction and confidence on disk, as a draft for each image; the files fill the
-    histograms, and are cut at the thresholds. Memory does not grow with the number of images. Every file says inside which
-    network and settings it is of; what is there already is not made again. Ranks share the images.
+    Two passes of the network over all target images: histograms, then labels cut at the class
+    thresholds. Memory does not grow with the number of images. Ranks share the images. The folder
+    appears when it is whole. One that is there is read, and refused if another network made it.
+    Returns what is in labels.json.
     """
-    C, palette, draft, device = args.num_classes, common.palette_for(args.num_classes), folder / "draft", args.device
-    digest = hashlib.sha256(str((args.target_size, args.static_ratio, len(images))).encode())
-    for tensor in G.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    origin = {"origin": digest.hexdigest()}
+    about = {
+        "network": common.network_digest(G),
+        "images": common.fingerprint(images.values()),
+        "input_size": list(args.target_size),
+        "static_ratio": args.static_ratio,
+    }
+    if folder.exists():
+        return read_static_labels(folder, images, about)
+    network = common.inference_copy(G)
+    dataset = common.Images(images, args.target_size)
+    C = args.num_classes
 
-    def finished(path):
-        return common.png_text(path).get("origin") == origin["origin"]
+    def predictions():
+        for item in common.one_by_one(dataset, args.workers, device):
+            image = item["image"].to(device, non_blocking=True)
+            yield item["name"], *confident_prediction(network, image, args.target_size)
 
-    labels = {name: folder / "labels" / f"{name}.png" for name in images}
-    if not all(map(finished, labels.values())) or read_thresholds(folder).get("origin") != origin["origin"]:
-        missing, G = {name: path for name, path in images.items() if not finished(draft / f"{name}.png")}, common.inference_copy(G)
-        common.wait_for_ranks()  # until all have looked
-        for item in common.one_by_one(common.Images(missing, args.target_size), args.workers, device):
-            label, bins = predict(G, item["image"].to(device, non_blocking=True), args.target_size)
-            both = torch.stack([label.long(), bins // 256, bins % 256], 2).byte()  # (H, W, 3)
-            common.write_png(draft / f"{item['name']}.png", both.cpu().numpy(), text=origin, compress_level=1)
-        common.wait_for_ranks()
-        histogram = torch.zeros(C, BINS, dtype=torch.int64)
-        mine = list(images)[common.rank() :: common.world()]
-        for name in mine:
-            label, bins = read_draft(draft / f"{name}.png")
-            histogram += torch.bincount((label * BINS + bins).flatten(), minlength=C * BINS).view(C, BINS)
+    histogram = torch.zeros(C, BINS, dtype=torch.int64, device=device)
+    with common.full_precision():
+        for _, label, bins in predictions():
+            cells = (label * BINS + bins).flatten()
+            histogram += torch.bincount(cells, minlength=C * BINS).view(C, BINS)
         thresholds = class_thresholds(common.over_ranks(histogram), args.static_ratio)
-        for name in mine:
-            if not finished(labels[name]):
-                static = choose_static(*read_draft(draft / f"{name}.png"), thresholds, args.static_ratio).byte().numpy()
-                common.write_png(folder / "colour" / f"{name}.png", static, palette)
-                common.write_png(labels[name], static, text={**origin, "labelled": str((static != IGNORE).mean())})
-        common.wait_for_ranks()
-        if common.rank() == 0:
-            content = {**origin, "confidence": bin_confidence(thresholds).tolist(), "bins": thresholds.tolist()}
-            common.write_text(folder / "thresholds.json", json.dumps(content))
-        common.wait_for_ranks()
+        labelled = torch.zeros((), dtype=torch.float64)
+        partial = folder.with_name(f"{folder.name}.partial")
+        for name, label, bins in predictions():
+            static = choose_static(label, bins, thresholds, args.static_ratio).byte()
+            labelled += (static != IGNORE).double().mean().cpu()
+            path = partial / "labels" / f"{name}.png"
+            common.write_png(path, static.cpu().numpy(), common.palette_for(C))
+    coverage = 100 * common.over_ranks(labelled).item() / len(images)
+    common.wait_for_ranks()
     if common.rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-    labelled = sum(float(common.png_text(path)["labelled"]) for path in labels.values())
-    return torch.tensor(read_thresholds(folder)["bins"]), 100 * labelled / len(images)
+        paths = [partial / "labels" / f"{name}.png" for name in images]
+        about["labels"] = common.content_digest(paths)
+        about["thresholds"] = thresholds.tolist()
+        about["coverage"] = coverage
+        common.write_text(partial / "labels.json", json.dumps(about) + "\n")
+        with common.writing(folder):
+            os.rename(partial, folder)
+    common.wait_for_ranks()
+    return read_static_labels(folder, images, about)
 
 
-def read_thresholds(folder: Path) -> dict:
-    """{"origin", "confidence", "bins"} of a round's static labels; {} while they are not finished."""
-    path = folder / "thresholds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
+    """labels.json of a round's finished static labels; refuses damaged ones, and those whose
+    entries differ from the expected ones {entry: value}."""
+    try:
+        about = json.loads((folder / "labels.json").read_text())
+        paths = [folder / "labels" / f"{name}.png" for name in images]
+        whole = about["labels"] == common.content_digest(paths)
+        bins = torch.tensor(about["thresholds"])
+        whole = whole and bins.dtype == torch.int64 and "coverage" in about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged or not whole ({error}): remove the run") from None
+    if not whole:
+        raise UserError(f"{folder} changed since this run made it: choose another --out")
+    for entry, value in expected.items():
+        if about.get(entry) != value:
+            raise UserError(f"{folder} is of another run (other {entry}): choose another --out")
+    return about
 
 
-def read_draft(path) -> tuple:
-    """Prediction and confidence bins, (H,W) int64 each, of `make_static_labels`' first pass."""
-    label, high, low = torch.from_numpy(np.array(common.open_image(path)).astype(np.int64)).unbind(2)
-    return label, high * 256 + low
+# ====================================================================== label statistics
 
 
-def label_networks(args, G) -> tuple:
-    """Copies of G that label validation images, with G's weights: one in training mode with running statistics of its own,
-    for the features, and one for static predictions. Neither is compiled."""
-    own = copy.deepcopy(G, {id(p): p for p in G.parameters()})
-    common.set_mode(own, args.bn)
-    return own, common.inference_copy(G)
+class PairLabels:
+    """The static, dynamic and hybrid labels of a validation image beside a source image."""
+
+    def __init__(self, args, G, ema_source, ema_target, thresholds: Tensor):
+        self.args = args
+        self.emas = (ema_source, ema_target)
+        self.thresholds = thresholds
+        self.predictor = common.inference_copy(G)
+        self.encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
+        common.set_mode(self.encoder, args.bn)
+
+    @torch.no_grad()
+    def __call__(self, item: dict, pair: dict) -> dict:
+        """Dataset items (target, source) to {"static", "dynamic", "hybrid": (H,W) int64 labels}."""
+        args = self.args
+        device = self.thresholds.device
+        image_t = item["image"].to(device)
+        image_s = pair["image"].to(device)
+        label, bins = confident_prediction(self.predictor, image_t, args.target_size)
+        static = choose_static(label, bins, self.thresholds, args.static_ratio)
+        f_s = self.encoder(common.normalize(image_s[None])).features.float()
+        f_t = self.encoder(common.normalize(image_t[None])).features.float()
+        y_s = pick(pair["label"][None].to(device), f_s)
+        prototypes, present = class_prototypes(f_s[0], y_s[0], args.num_classes)
+        if args.calibrate:
+            prototypes = calibrate(prototypes, present, *self.emas)
+        dynamic = dynamic_labels(f_t[0], prototypes, present, args.tau)
+        static = pick(static[None], item["label"])[0]
+        dynamic = pick(dynamic[None], item["label"])[0]
+        return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
 
 
-@torch.no_grad()
-def pair_labels(args, networks: tuple, ema_source, ema_target, thresholds, item: dict, pair: dict) -> dict:
-    """{"static", "dynamic", "hybrid": (H,W) int64 labels} of a validation item, at its label's size, beside a source item."""
-    device, (G, lean) = args.device, networks
-    label, bins = predict(lean, item["image"].to(device), args.target_size)
-    static = choose_static(label, bins, thresholds.to(device), args.static_ratio)
-    S = G(common.normalize(pair["image"][None].to(device))).features
-    T = G(common.normalize(item["image"][None].to(device))).features
-    prototypes, present = class_prototypes(S[0], downsample(pair["label"][None].to(device), S)[0], args.num_classes)
-    calibrated = calibrate(prototypes, present, ema_source, ema_target) if args.calibrate else prototypes
-    dynamic = dynamic_labels(T[0], calibrated, present, args.tau)
-    static, dynamic = (downsample(y[None], item["label"])[0] for y in (static, dynamic))
-    return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
-
-
-def draw_labels(args, path: Path, G, ema_source, ema_target, thresholds, source, validation):
-    """The paper's figure: the labels of one target image beside two source images. Dynamic ones change with the source."""
-    item, rows, networks = validation[0], [], label_networks(args, G)
+def draw_labels(path, pair_labels: PairLabels, source, validation, num_classes: int):
+    """The paper's figure: labels of one target image beside two source images. Dynamic labels
+    change with the source image."""
+    item = validation[0]
+    rows = []
     for index in (0, len(source) // 2):
         pair = source[0, index]
-        labels = pair_labels(args, networks, ema_source, ema_target, thresholds, item, pair)
-        source_image, target_image = (x["image"].permute(1, 2, 0).numpy() for x in (pair, item))
-        source_label, *others = (y.byte().cpu().numpy() for y in (pair["label"], *labels.values(), item["label"]))
-        rows.append([source_image, source_label, target_image, *others])
+        labels = pair_labels(item, pair)
+        row = [pair["image"].permute(1, 2, 0).numpy(), pair["label"].numpy()]
+        row.append(item["image"].permute(1, 2, 0).numpy())
+        row += [label.byte().cpu().numpy() for label in labels.values()]
+        row.append(item["label"].numpy())
+        rows.append(row)
     titles = ["source image", "its label", "target image", *labels, "ground truth"]
-    common.write_grid(path, titles, rows, args.num_classes)
+    common.write_grid(path, titles, rows, num_classes)
 
 
-@torch.no_grad()
-def label_statistics(args, G, ema_source, ema_target, thresholds, source, validation) -> dict:
-    """Coverage and accuracy in percent of static, dynamic and hybrid labels on the *val* images, each paired with a
-    source image: {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
+def label_statistics(pair_labels: PairLabels, source, validation, workers: int, device) -> dict:
+    """How many pixels the three kinds of labels cover, and how many of these are right, in percent,
+    on the validation images, each beside a source image:
+    {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
 
-    Coverage is the share of labelled pixels (per class: of the class's true pixels), accuracy the share of right ones
-    among the labelled (per class: among those given that label); 255 in the ground truth is left out.
+    Coverage is the share of labelled pixels (per class: of the class's true pixels), accuracy the
+    share of right ones among the labelled (per class: among those that got this label).
     """
-    C, device, networks = args.num_classes, args.device, label_networks(args, G)
-    partners = Subset(source, [(i, i * 7919 % len(source)) for i in range(len(validation))])  # fixed and well mixed
-    counts = {kind: torch.zeros(C, C + 1, dtype=torch.int64, device=device) for kind in ("static", "dynamic", "hybrid")}
-    for item, pair in common.one_by_one(StackDataset(validation, partners), args.workers, device):
-        truth = item["label"].to(device)
-        for kind, y in pair_labels(args, networks, ema_source, ema_target, thresholds, item, pair).items():
-            pairs = truth.long() * (C + 1) + y.clamp(max=C)  # column C: no label
-            counts[kind] += torch.bincount(pairs[truth < C], minlength=C * (C + 1)).view(C, C + 1)
+    C = validation.num_classes
+    # partners are fixed and well mixed
+    indices = [(i, i * 7919 % len(source)) for i in range(len(validation))]
+    dataset = StackDataset(validation, Subset(source, indices))
+    tables = {}
+    for item, pair in common.one_by_one(dataset, workers, device):
+        truth = item["label"].to(device).long()
+        for kind, y in pair_labels(item, pair).items():
+            cells = (truth * (C + 1) + y.clamp(max=C))[truth < C]  # column C: no label
+            counts = torch.bincount(cells, minlength=C * (C + 1)).view(C, C + 1)
+            tables[kind] = tables.get(kind, 0) + counts
 
-    def percent(part, whole):
-        return [None if w == 0 else 100 * p / w for p, w in zip(part.flatten().tolist(), whole.flatten().tolist())]
+    def percent(part, whole) -> list:
+        pairs = zip(part.flatten().tolist(), whole.flatten().tolist())
+        return [None if w == 0 else 100 * p / w for p, w in pairs]
 
     result = {}
-    for kind, table in counts.items():
+    for kind, table in tables.items():
         table = common.over_ranks(table)
-        labelled, right = table[:, :C], table.diagonal()
+        labelled = table[:, :C]
+        right = table.diagonal()
         result[kind] = {
-            "coverage": percent(labelled.sum(), table.sum())[0], "accuracy": percent(right.sum(), labelled.sum())[0],
-            "coverage_per_class": percent(labelled.sum(1), table.sum(1)), "accuracy_per_class": percent(right, labelled.sum(0)),
-        }  # fmt: skip
+            "coverage": percent(labelled.sum(), table.sum())[0],
+            "accuracy": percent(right.sum(), labelled.sum())[0],
+            "coverage_per_class": percent(labelled.sum(1), table.sum(1)),
+            "accuracy_per_class": percent(right, labelled.sum(0)),
+        }
     return result
 
 
-# ---------------------------------------------------------------- training
+# ====================================================================== training
 
 
 def augment(short_side: int, scales: tuple, crop: int, flip: bool):
-    """transform(image, label or None, rng): scale, crop at random, mirror. Draws depend on rng alone."""
+    """transform(image, label or None, rng): scale, crop at random, mirror; draws depend on rng."""
 
     def transform(image, label, rng):
         short = max(crop, round(short_side * scales[rng.integers(len(scales))]))
-        full = tuple(max(crop, round(side * short / min(image.size))) for side in image.size)
-        x, y = (int(rng.integers(side - crop + 1)) for side in full)
-        mirror = rng.random() < 0.5
-        parts = []
-        for part, kind in ((image, "image"), (label, "label")):
-            if part is not None:
-                part = common.resize(part, full, kind).crop((x, y, x + crop, y + crop))
-                parts.append(part.transpose(Image.FLIP_LEFT_RIGHT) if flip and mirror else part)
-        return parts if label is not None else (parts[0], None)
+        factor = short / min(image.size)
+        full = tuple(max(crop, round(side * factor)) for side in image.size)
+        x = int(rng.integers(full[0] - crop + 1))
+        y = int(rng.integers(full[1] - crop + 1))
+        mirror = rng.random() < 0.5 and flip
+        box = (x, y, x + crop, y + crop)
+        image = common.resize(image, full, "image").crop(box)
+        if label is not None:
+            label = common.resize(label, full, "label").crop(box)
+        if mirror:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+            label = label and label.transpose(Image.FLIP_LEFT_RIGHT)
+        return image, label
 
     return transform
 
 
-def train(args, name: str, source_pairs: dict, target_images, validation, initial, rounds: int, iters: int, base_lr: float):
-    """`rounds` rounds of `iters` iterations. target_images None: source-only cross-entropy (the warm-up).
+def train(
+    args, settings, source, target_images, validation, initial, rounds, iters, base_lr, device
+):
+    """`rounds` rounds of `iters` iterations. target_images None: source alone, the warm-up.
 
-    Returns the scores of the last evaluation.
+    source: dataset of labelled images, with its augmentation; target_images {name: path}; initial:
+    content of a weight file, or None. Returns the record of the last evaluation, None without
+    validation images.
     """
-    device, n, C, warmup = args.device, args.grad_accum, args.num_classes, target_images is None
+    warmup = target_images is None
+    stage = "warm-up" if warmup else "bcl"
     folder = args.out / "warmup" if warmup else args.out
+    last = folder / "last.pth"
+    C = args.num_classes
+    total = rounds * iters
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(C, args.layers, args.width, aux=False)
-    report = common.load_weights(G, initial) if initial is not None else "random initial weights"
+    report = "random initial weights"
+    if initial is not None:
+        report = common.load_weights(G, initial, args.init)
     G.to(device).checkpoint_activations = args.checkpoint_activations
     groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
     optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
-    ema_source, ema_target = (PrototypeEMA(C, 32 * args.width, args.momentum).to(device) for _ in range(2))
-    total, names = rounds * iters, [*source_pairs, *(target_images or ())]
-    config = training_config(args, name, names, rounds, iters, base_lr)
-    parts = {"optimizer": optimizer, "ema_source": ema_source, "ema_target": ema_target}
-    about = f"{len(source_pairs)} source images, {'no' if warmup else len(target_images)} target images, {report}, {batch_text(args)}"
-    short_side, crop = (args.warmup_short_side, args.warmup_crop) if warmup else (args.short_side, args.crop)
-    transform = augment(short_side, args.scales, crop, args.flip)
-    source = common.Labelled(source_pairs, args.source, C, transform=transform, seed=args.seed)
+    ema_source = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
+    ema_target = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
+    state = {"model": G, "optimizer": optimizer}
+    state.update(ema_source=ema_source, ema_target=ema_target)
 
-    def draw(path, done):
-        thresholds = torch.tensor(read_thresholds(folder / f"round{(done - 1) // iters}")["bins"])
-        draw_labels(args, path, G, ema_source, ema_target, thresholds, source, validation)
+    start, found = common.resume(folder, settings, state)
+    more = {"input_size": args.target_size, "labels": found.get("labels")}
+    targets = "no" if warmup else len(target_images)
+    about = f"{len(source)} source images, {targets} target images, {report}"
+    log = common.Log(folder, stage, about, start, total, settings)
+    if args.compile:
+        G.compile(dynamic=False)  # in place: the names in checkpoints stay
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+    cross_entropy = common.compiled(segmentation_loss, args.compile)
+    mean_entropy = common.compiled(entropy_loss, args.compile)
+    stop_signal = common.StopSignal()
+    waited = 0.0
 
-    run = common.Run(
-        args, name, folder, config, total, G, parts, validation, about, self_information, draw=None if warmup else draw
-    )
-    if run.finished:
-        return run.result
-    autocast, (ce, mean_entropy) = precision_and_compiler(args, G, [segmentation_loss, entropy_loss])
-
-    for it in range(run.start, total):
+    for it in range(start, total + 1):
+        # ---- once in a while: save, then evaluate; killed in between, it evaluates when it goes on
         round_, step = divmod(it, iters)
-        if it == run.start or step == 0:  # a new round, or the one to be gone on with
-            rest = (args.batch_size, it * n, (round_ + 1) * iters * n, args.workers, device)
-            source_batches = common.training_batches(source, args.seed, *rest)
+        stop = stop_signal.agreed()
+        save_due = common.due(it, args.save_every, total) or common.due(it, args.eval_every, total)
+        if it > start and (stop or save_due or step == 0):
+            common.save(last, it, settings, state, **more)
+        if stop:
+            sys.exit(128 + stop)
+        if validation and common.due(it, args.eval_every, total) and not log.scores(it):
+            result = common.evaluate([G], validation, device, args.workers)
+            if log.is_best(result):
+                best = {"model": G}
+                common.save(folder / "best.pth", it, settings, best, input_size=args.target_size)
+            log.evaluation(it, result)
+        if it == total:
+            break
+
+        # ---- a new round, or the one to go on with: static labels and new batches
+        if it == start or step == 0:
+            options = (args.batch_size, it, (round_ + 1) * iters, args.workers, device)
+            source_batches = common.Batches(source, args.seed, *options)
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
-                    with run.signal.at_once():  # its files stay, and are found again
-                        begin_round(args, run, it, round_, G, ema_source, ema_target, source, target_images, labels_folder)
-                static_pairs = {key: (image, labels_folder / "labels" / f"{key}.png") for key, image in target_images.items()}
-                target = common.Labelled(static_pairs, "folder", C, same_aspect=False, transform=transform, seed=args.seed + 1)
-                target_batches = common.training_batches(target, args.seed + 1, *rest)
+                    static = make_static_labels(args, G, target_images, labels_folder, device)
+                else:
+                    expected = {"labels": found.get("labels")}
+                    static = read_static_labels(labels_folder, target_images, expected)
+                more["labels"] = static["labels"]
+                if not any(r.get("event") == "labels" and r["iter"] == it for r in log.records):
+                    thresholds = torch.tensor(static["thresholds"], device=device)
+                    report_labels(
+                        args, log, it, round_, static["coverage"],
+                        PairLabels(args, G, ema_source, ema_target, thresholds),
+                        source, validation, device,
+                    )  # fmt: skip
+                pairs = {
+                    name: (path, labels_folder / "labels" / f"{name}.png")
+                    for name, path in target_images.items()
+                }
+                target = common.Labelled(
+                    pairs, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
+                )
+                target_batches = common.Batches(target, args.seed + 1, *options)
             common.set_mode(G, args.bn)
-            run.restart_clock(it)
+
+        # ============================== the method ==============================
         lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
+            group["lr"] = lr * group["lr_factor"]
         optimizer.zero_grad(set_to_none=True)
-        with run.waiting_for_data():
-            batches = [(next(source_batches), None if warmup else next(target_batches)) for _ in range(n)]
-        source_pixels = labelled_pixels([source_batch["label"] for source_batch, _ in batches]).to(device, non_blocking=True)
-        terms, names = [], []
-        for source_batch, target_batch in batches:
-            # -------- source: features f_S (B,D,h,w), logits (B,C,H,W), ground truth y_S
-            y_source_full = source_batch["label"].to(device, non_blocking=True).long()  # (B, H, W)
+
+        # source: features f_s (B, D, h, w), logits (B, C, H, W), ground truth y_s
+        x_s, y_s_full = next(source_batches)  # (B, 3, H, W), (B, H, W)
+        size = (y_s_full.shape[2], y_s_full.shape[1])
+        with autocast:
+            S = G(common.normalize(x_s))
+        logits_s = common.upsample(S.main, size)
+        loss_ce_s = cross_entropy(logits_s, y_s_full)
+        loss = loss_ce_s
+        loss_ce_t = loss_ent_s = loss_ent_t = loss_fcl = loss_bcl = None
+
+        if not warmup:
+            # target: features f_t, logits, static labels y_F
+            x_t, y_f_full = next(target_batches)
             with autocast:
-                S = G(common.normalize(source_batch["image"].to(device, non_blocking=True)))
-            source_logits = upsample(S.main, *y_source_full.shape[1:])
-            loss_ce_source = ce(source_logits, y_source_full, source_pixels)
-            loss = loss_ce_source
-            terms.append({"loss_ce_source": loss_ce_source})
-            names += source_batch["name"]
-            if not warmup:
-                static_full = target_batch["label"].to(device, non_blocking=True).long()  # (B, H, W), y_F
-                with autocast:
-                    T = G(common.normalize(target_batch["image"].to(device, non_blocking=True)))
-                target_logits = upsample(T.main, *static_full.shape[1:])
-                y_source, static = downsample(y_source_full, S.main), downsample(static_full, T.main)  # (B, h, w)
-                f_source, f_target = S.features.float(), T.features.float()  # (B, D, h, w)
-                pairs = range(len(static))
+                T = G(common.normalize(x_t))
+            logits_t = common.upsample(T.main, size)
+            f_s = S.features.float()  # (B, D, h, w)
+            f_t = T.features.float()
+            y_s = pick(y_s_full, f_s)  # (B, h, w)
+            y_f = pick(y_f_full, f_t)
+            pairs = range(len(x_s))
 
-                # -------- p_S -> μ_S -> ξ, p_{S→T} -> y_D -> y_T -> p_T -> μ_T, per pair of a source and a target image
-                source_prototypes = [class_prototypes(f_source[b], y_source[b], C) for b in pairs]
-                ema_source.update(*batch_mean(source_prototypes))
-                y_target, y_target_full = static, static_full
-                if args.labels != "static":
-                    dynamic = []
-                    for b in pairs:
-                        prototypes, present = source_prototypes[b]
-                        if args.calibrate:
-                            prototypes = calibrate(prototypes, present, ema_source, ema_target)
-                        dynamic.append(dynamic_labels(f_target[b], prototypes, present, args.tau))
-                    y_target = torch.stack(dynamic)  # (B, h, w), y_D
-                    y_target_full = downsample(y_target, static_full)  # enlarged to (B, H, W)
-                    if args.labels == "hybrid":
-                        y_target, y_target_full = hybrid_labels(static, y_target), hybrid_labels(static_full, y_target_full)
-                target_prototypes = [class_prototypes(f_target[b], y_target[b], C) for b in pairs]
-                ema_target.update(*batch_mean(target_prototypes))
+            # p_S -> μ_S, for every pair of a source and a target image
+            p_s = [class_prototypes(f_s[b], y_s[b], C) for b in pairs]
+            ema_source.update(*batch_mean(p_s))
 
-                # -------- L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
-                loss_ce_target = ce(target_logits, y_target_full, labelled_pixels([y_target_full]))
-                loss_ent_source, loss_ent_target = mean_entropy(source_logits), mean_entropy(target_logits)
-                forward = [contrastive_loss(f_target[b], y_target[b], *source_prototypes[b], args.temperature) for b in pairs]
-                backward = [contrastive_loss(f_source[b], y_source[b], *target_prototypes[b], args.temperature) for b in pairs]
-                loss_fcl, loss_bcl = sum(forward) / len(pairs), sum(backward) / len(pairs)
-                loss = (
-                    args.lambda_ce * (loss_ce_source + args.target_weight * loss_ce_target)
-                    + args.lambda_ent * (loss_ent_source + args.target_weight * loss_ent_target)
-                    + args.lambda_fcl * loss_fcl
-                    + args.lambda_bcl * loss_bcl
-                )
-                terms[-1].update(loss_ce_target=loss_ce_target, loss_ent_source=loss_ent_source, loss_ent_target=loss_ent_target)
-                terms[-1].update(loss_fcl=loss_fcl, loss_bcl=loss_bcl)
-                names += target_batch["name"]
-            terms[-1]["loss"] = loss
-            (loss / n).backward()
-        common.share_gradients(G)
+            # ξ, p_{S→T} -> y_D
+            dynamic = []
+            for b in pairs:
+                p_st, present = p_s[b]
+                if args.calibrate:
+                    p_st = calibrate(p_st, present, ema_source, ema_target)
+                dynamic.append(dynamic_labels(f_t[b], p_st, present, args.tau))
+            y_d = torch.stack(dynamic)  # (B, h, w)
+            y_d_full = pick(y_d, y_f_full)  # enlarged to (B, H, W)
+
+            # y_T, on the map and at full size
+            if args.labels == "static":
+                y_t, y_t_full = y_f, y_f_full
+            elif args.labels == "dynamic":
+                y_t, y_t_full = y_d, y_d_full
+            else:
+                y_t, y_t_full = hybrid_labels(y_f, y_d), hybrid_labels(y_f_full, y_d_full)
+
+            # p_T -> μ_T
+            p_t = [class_prototypes(f_t[b], y_t[b], C) for b in pairs]
+            ema_target.update(*batch_mean(p_t))
+
+            # L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
+            loss_ce_t = cross_entropy(logits_t, y_t_full)
+            loss_ent_s = mean_entropy(logits_s)
+            loss_ent_t = mean_entropy(logits_t)
+            fcl = [contrastive_loss(f_t[b], y_t[b], *p_s[b], args.temperature) for b in pairs]
+            bcl = [contrastive_loss(f_s[b], y_s[b], *p_t[b], args.temperature) for b in pairs]
+            loss_fcl = sum(fcl) / len(fcl)
+            loss_bcl = sum(bcl) / len(bcl)
+            loss = (
+                args.lambda_ce * (loss_ce_s + args.target_weight * loss_ce_t)
+                + args.lambda_ent * (loss_ent_s + args.target_weight * loss_ent_t)
+                + args.lambda_fcl * loss_fcl
+                + args.lambda_bcl * loss_bcl
+            )
+        loss.backward()
+        common.share_gradients(G)  # mean over torchrun's processes
         optimizer.step()
-        # -------- end of the method; the rest reports, saves and evaluates
-        run.after_iteration(it + 1, terms, names, lr, keep=step + 1 == iters, round=round_)
-    return run.result
+        # =========================== end of the method ===========================
+
+        names = source_batches.names
+        if not warmup:
+            names = names + target_batches.names
+        log.add(
+            names,
+            loss_ce_source=loss_ce_s,
+            loss_ce_target=loss_ce_t,
+            loss_ent_source=loss_ent_s,
+            loss_ent_target=loss_ent_t,
+            loss_fcl=loss_fcl,
+            loss_bcl=loss_bcl,
+            loss=loss,
+        )
+        if common.due(it + 1, args.log_every, total):
+            log.losses(it + 1, waited, device, lr=lr, round=round_)
+
+    if not warmup and validation and common.rank() == 0:
+        static = json.loads((folder / f"round{rounds - 1}" / "labels.json").read_text())
+        thresholds = torch.tensor(static["thresholds"], device=device)
+        pair_labels = PairLabels(args, G, ema_source, ema_target, thresholds)
+        draw_labels(folder / "labels.png", pair_labels, source, validation, C)
+    return log.scores(total)
 
 
-def begin_round(args, run, it: int, round_: int, G, ema_source, ema_target, source, target_images: dict, folder: Path):
-    """New static labels, and how good all three kinds are on the validation images, into the log."""
-    thresholds, coverage = make_static_labels(args, G, target_images, folder)
-    run.log.show(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", True)
+def report_labels(args, log, it, round_, coverage, pair_labels, source, validation, device):
+    """How good the labels of a new round are, on the terminal and in the log."""
+    print(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", flush=True)
     statistics = {}
-    if run.validation:
-        statistics = label_statistics(args, G, ema_source, ema_target, thresholds, source, run.validation)
-        texts = (f"{kind} {s['coverage']:.0f} % at {s['accuracy'] or 0:.0f} % right" for kind, s in statistics.items())
-        run.log.show(f"round {round_}: labels on val: {'  '.join(texts)}", True)
-    record = {"round": round_, "train_static_coverage": coverage, "thresholds": bin_confidence(thresholds).tolist()}
-    run.log.write(iter=it + 1, event="labels", **record, **statistics)
+    if validation:
+        statistics = label_statistics(pair_labels, source, validation, args.workers, device)
+        for kind, s in statistics.items():
+            shares = f"on {s['coverage']:.1f} % of val, {s['accuracy'] or 0:.1f} % right"
+            print(f"round {round_}: {kind} labels {shares}", flush=True)
+    thresholds = bin_confidence(pair_labels.thresholds).tolist()
+    record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds}
+    log.write(iter=it, event="labels", **record, **statistics)
 
 
-# ---------------------------------------------------------------- main
+# ====================================================================== main
 
 
 def main():
-    args = parse_args()
+    args, settings = parse()
+    device = common.set_up(args.device)
+    if args.amp is None:
+        args.amp = device.type == "cuda"
+    settings["processes"] = str(common.world())
+    held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
-        print("Demo: built-in street scenes, a small network and a short schedule. For real data: --data-root DIR (see README).")
-        args.data_root = common.demo_scenes(args.source)
+        from demo.scenes import demo_scenes
+
+        print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
+        if common.rank() == 0:
+            args.data_root = demo_scenes(args.source)
+        common.wait_for_ranks()
+        args.data_root = demo_scenes(args.source)
+
+    # What the run needs is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
-    target_images = common.list_images(args.target, target_root, "train")
+    images = common.list_images(args.target, target_root, "train")
+    common.Images(images).look()
     validation = common.validation_set(args.target, target_root, args.num_classes, args.target_size)
+    if validation:
+        validation.look()
+    else:
+        print(f"no labelled val images in {target_root}: training is not evaluated")
     source_root = common.dataset_root(args.source, args.data_root, args.source_root)
-    source_pairs, columns = common.list_pairs(args.source, source_root), {}
-    source = common.Labelled(source_pairs, args.source, args.num_classes)
-    if args.check:
-        datasets = {"source": source, "target": common.Images(target_images), "validation": validation}
-        G = common.DeepLabV2(args.num_classes, args.layers, args.width, aux=False)
-        checkpoints = (1 + bool(args.warmup_iters)) * common.training_bytes([(G, 2)], G, args.keep)
-        # Of a target image a round's label and its colour, 2 bits a pixel, amply; for a while, confidences of 16 bits.
-        pictures = len(target_images) * math.prod(args.target_size) * (args.rounds / 2 + 2.25)
-        return common.check(args, datasets, G, checkpoints + pictures)
-    for labelled in (source, validation):  # readable at all, before weights are fetched
-        if labelled:
-            labelled.look()
-    if args.overwrite:
-        common.start_over([args.out, *([args.out / "warmup"] if args.warmup_iters else [])])
-    weights = common.initial_weights(args.init)
+    pairs = common.list_pairs(args.source, source_root)
+
+    def source(short_side: int, crop: int):
+        transform = augment(short_side, args.scales, crop, args.flip)
+        options = {"transform": transform, "seed": args.seed}
+        return common.Labelled(pairs, args.source, args.num_classes, **options)
+
+    labelled = source(args.short_side, args.crop)
+    labelled.look()
+    initial = common.initial_weights(args.init)
+    if args.init not in ("none", "imagenet"):
+        settings["init"] = common.content_digest([args.init])
+    files = labelled.files()
+    warmup_settings = {**settings, "images": common.fingerprint(files)}
+    settings["images"] = common.fingerprint(files + list(images.values()))
+    common.check_settings(args.out, settings)
     if args.warmup_iters:
-        schedule = (1, args.warmup_iters, args.warmup_lr)
-        columns["warm-up"] = train(args, "warmup", source_pairs, None, validation, weights, *schedule)
-        weights = args.out / "warmup" / "last.pth"
-    schedule = (args.rounds, args.round_iters, args.lr)
-    columns["BCL"] = train(args, "bcl", source_pairs, target_images, validation, weights, *schedule)
-    common.print_results(columns)
+        common.check_settings(args.out / "warmup", warmup_settings)
+
+    columns = {}
+    networks = {}
+    if args.warmup_iters:
+        inputs = (source(args.warmup_short_side, args.warmup_crop), None, validation, initial)
+        schedule = (1, args.warmup_iters, args.warmup_lr, device)
+        columns["warm-up"] = train(args, warmup_settings, *inputs, *schedule)
+        networks["warm-up"] = args.out / "warmup" / "last.pth"
+        initial = common.read_checkpoint(networks["warm-up"])
+    schedule = (args.rounds, args.round_iters, args.lr, device)
+    columns["BCL"] = train(args, settings, labelled, images, validation, initial, *schedule)
+    networks["BCL"] = args.out / "last.pth"
+    if not validation or common.rank() > 0:
+        return
+    print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
+    print(common.score_table(columns))
+    networks = {title: common.load(path).to(device) for title, path in networks.items()}
+    options = (args.target_size, device, pixel_entropy)
+    shown = common.easy_and_hard(networks["BCL"], validation, *options)
+    common.write_panel(args.out / "panel.png", networks, validation, shown, *options)
+    print(f"\npictures: {args.out / 'panel.png'}, {args.out / 'labels.png'}")
 
 
 if __name__ == "__main__":

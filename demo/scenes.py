@@ -1,0 +1,795 @@
+"""The built-in street scenes: a small generator of labelled images in the real datasets' layouts.
+
+The real datasets need a registration and 100 GB. So that a newcomer, a test and CI have something
+to train on at once, this file draws street scenes with numpy and Pillow and writes them as the
+trees that the readers of common.py expect: GTA5 (palette labels), Cityscapes (labelIds, train and
+val) and, on request, SYNTHIA (16-bit labels) and Synscapes. No reader knows that they are drawn.
+
+    python demo/scenes.py data/scenes                          what the demos draw by themselves
+    python demo/scenes.py data/synthia --synthia               with a SYNTHIA tree beside it
+    python demo/scenes.py data/native --source-size 1914x1052 --target-size 2048x1024 \\
+        --num-source 60 --num-target 60 --num-val 20           native sizes, to time a run
+
+Source and target show the same streets and differ in appearance (GAP). A share of the target is
+hard: fog, night or rain (HARD), which is the gap inside the target that IntraDA closes. All lengths
+are relative, so that a scene can be drawn at any size. Sizes are (W, H), labels are trainIds.
+
+Contents   1 constants   2 shapes   3 sprites   4 brush   5 street and objects   6 weather
+           7 one scene   8 trees of files   9 command line
+"""
+
+import argparse
+import colorsys
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+if __name__ == "__main__":  # as a script, Python looks for common.py in demo/ and not above it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import CITYSCAPES_IDS, IGNORE, PALETTE, SYNTHIA_IDS
+
+# ---------------------------------------------------------------- 1 constants
+
+# fmt: off (tables of numbers and polygons read best as tables)
+
+# Lengths are fractions of the image's width, opacities and amplitudes fractions of 1.
+
+# Spread between the images of either domain. More of it makes the gap between the domains smaller.
+VARIETY = dict(
+    surface=0.15,  # of a surface's colour from image to image
+    light=0.20,    # of the brightness
+    tint=0.06,     # of the colour of the light
+)
+
+# What makes the target look different from the source.
+GAP = dict(
+    palette=0.3,              # 0: source's column of PAINT, 1: target's; BatchNorm can't undo it
+    desaturate=0.25,          # share of grey
+    contrast=0.87,            # gain about mid-grey
+    cast=(1.03, 1.0, 0.88),   # gain of R, G, B
+    texture=0.7,              # strength relative to the source
+    blur=0.0015,
+    noise=0.02,
+    source_noise=0.006,
+)
+
+# What makes a target image hard.
+HARD = dict(
+    share=0.4,                        # of the target images
+    kinds=("fog", "night", "rain"),   # each hard image is of one kind
+    fog=0.40,
+    night=0.60,                       # light that is left
+    rain=0.40, streaks=90, reflection=0.4,
+    # The rest is in every hard image. It is local or directional, so that BatchNorm can't undo it.
+    # Plurals are counts, the others strengths.
+    motion=0.008,
+    shadow=0.4, shadows=2,
+    glare=0.6, glares=1,
+    dirt=0.4, dirts=3,
+    drop=0.8, drops=5,
+    noise=0.01,                       # added to that of GAP
+)
+
+# surface: (source RGB, target RGB)
+PAINT = dict(
+    road=((84, 80, 92), (112, 112, 110)),
+    line=((250, 250, 250), (190, 190, 182)),
+    sidewalk=((196, 160, 150), (140, 139, 136)),
+    tile=((160, 122, 114), (116, 116, 114)),
+    terrain=((150, 190, 60), (124, 122, 84)),
+    sky=((96, 164, 240), (206, 208, 208)),
+    leaf=((52, 132, 40), (78, 94, 62)),
+    trunk=((96, 64, 36), (84, 76, 66)),
+    brick=((188, 100, 72), (144, 130, 122)),
+    mortar=((226, 206, 190), (108, 102, 98)),
+    fence=((150, 100, 50), (92, 94, 96)),
+    metal=((128, 132, 146), (104, 108, 106)),
+    glass=((50, 70, 100), (62, 68, 72)),
+    dark=((22, 22, 26), (40, 40, 40)),
+    skin=((232, 180, 140), (170, 136, 116)),
+    white=((250, 250, 250), (214, 214, 208)),
+    red=((230, 20, 20), (170, 50, 46)),
+    blue=((20, 60, 220), (56, 76, 130)),
+    yellow=((250, 210, 0), (190, 168, 70)),
+    green=((20, 220, 90), (60, 170, 110)),
+    lamp=((255, 246, 214), (255, 246, 214)),
+)
+
+# ---------------------------------------------------------------- 2 shapes: polygons of (x, y)
+
+
+def rect(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def disc(x, y, rx, ry, hole=0.0):
+    """Ellipse as a polygon; hole: the part of the radius that is left out (a tyre)."""
+    angle = np.linspace(0, 2 * np.pi, 21)
+    rim = np.stack([np.cos(angle) * rx, np.sin(angle) * ry], 1)
+    if hole:
+        rim = np.concatenate([rim, rim[::-1] * hole])
+    return rim + (x, y)
+
+
+def stroke(x0, y0, x1, y1, width):
+    """A straight line of this width."""
+    length = np.hypot(x1 - x0, y1 - y0)
+    side = np.array([y0 - y1, x1 - x0]) / length * width / 2
+    return [(x0, y0) + side, (x1, y1) + side, (x1, y1) - side, (x0, y0) - side]
+
+
+# ---------------------------------------------------------------- 3 sprites
+# A sprite is a list of parts (trainId, colour, polygon) in a unit square, x to the right and y
+# down, painted in this order. Where the trainId is None the label stays as it is, where the colour
+# is None the image does. The colours "body" and "trim" are drawn anew for each object.
+
+
+def bars(colour, xs, width, y0, y1):
+    """Upright bars that start at each x of xs."""
+    return [(None, colour, rect(x, y0, x + width, y1)) for x in xs]
+
+
+def wheels(train_id, xs, y, rx, ry):
+    tyres = [(train_id, "dark", disc(x, y, rx, ry)) for x in xs]
+    hubs = [(None, "metal", disc(x, y, rx / 2, ry / 2)) for x in xs]
+    return tyres + hubs
+
+
+SHADE = (None, "dark", disc(.5, .99, .5, .05))  # on the ground under a vehicle
+CAR = [
+    SHADE,
+    (13, "body", [(0, .5), (.16, .44), (.3, .02), (.74, .02),
+                  (.9, .44), (1, .52), (1, .86), (0, .86)]),
+    (None, "glass", [(.23, .44), (.34, .12), (.5, .12), (.5, .44)]),
+    (None, "lamp", rect(0, .54, .06, .66)),
+    (None, "glass", [(.54, .44), (.54, .12), (.7, .12), (.82, .44)]),
+    (None, "red", rect(.95, .54, 1, .66)),
+    (None, "dark", rect(0, .76, 1, .86)),
+    *wheels(13, (.22, .78), .83, .11, .17),
+]
+TRUCK = [
+    SHADE,
+    (14, "dark", rect(.03, .7, .98, .86)),
+    (14, "trim", rect(.32, 0, 1, .76)),
+    *bars("body", (.49, .66, .83), .012, .06, .7),
+    (14, "body", [(0, .45), (.08, .2), (.28, .2), (.28, .84), (0, .84)]),
+    (None, "glass", [(.03, .46), (.1, .26), (.2, .26), (.2, .46)]),
+    (None, "lamp", rect(0, .62, .04, .72)),
+    *wheels(14, (.16, .72, .88), .86, .07, .14),
+]
+BUS = [
+    SHADE,
+    (15, "body", rect(0, 0, 1, .88)),
+    (None, "trim", rect(0, .56, 1, .66)),
+    *bars("glass", (.03, .32, .47, .62, .77), .12, .12, .48),
+    (None, "glass", rect(.18, .12, .29, .84)),
+    (None, "lamp", rect(0, .7, .03, .78)),
+    (None, "white", rect(.02, .02, .16, .09)),
+    *wheels(15, (.2, .78), .87, .07, .13),
+]
+TRAIN = [
+    (16, "body", [(0, .62), (.1, .14), (1, .14), (1, .94), (0, .94)]),
+    (16, "metal", rect(.12, .08, 1, .15)),
+    (None, "glass", [(.03, .54), (.1, .24), (1, .24), (1, .46), (.15, .46), (.13, .54)]),
+    *bars("white", (.24, .5, .76), .07, .2, .88),
+    *bars("dark", (.27, .53, .79), .012, .2, .88),
+    (None, "trim", rect(.01, .66, 1, .72)),
+    (16, "dark", rect(.02, .9, 1, 1)),
+    (16, "dark", stroke(.55, .08, .65, 0, .02)),
+    (None, "lamp", disc(.05, .76, .02, .05)),
+]
+PERSON = [
+    (11, "trim", [(.24, .5), (.76, .5), (.86, 1), (.6, 1), (.5, .66), (.38, 1), (.12, 1)]),
+    (11, "body", [(.16, .19), (.84, .19), (1, .54), (.82, .56), (.76, .34),
+                  (.76, .56), (.24, .56), (.24, .34), (.18, .56), (0, .54)]),
+    (11, "skin", disc(.5, .1, .2, .1)),
+    (None, "dark", [(.3, .1), (.34, .01), (.66, .01), (.7, .1), (.5, .05)]),
+]
+RIDER = [  # sits on a bicycle or motorcycle
+    (12, "trim", [(.28, .1), (.5, .1), (.62, .34), (.54, .7), (.44, .68), (.48, .4), (.28, .3)]),
+    (12, "body", [(.28, .16), (.26, -.36), (.4, -.5), (.58, -.46),
+                  (.76, .02), (.68, .1), (.54, -.1), (.5, .18)]),
+    (12, "skin", disc(.5, -.62, .09, .16)),
+    (12, "trim", [(.4, -.62), (.42, -.78), (.5, -.82), (.58, -.78), (.6, -.64)]),
+]
+SPOKES = ((.2, 0), (0, .32), (.14, .22), (.14, -.22))  # half of each, from the hub
+BICYCLE_FRAME = ((.24, .62, .38, .2), (.38, .2, .68, .2), (.68, .2, .48, .66),
+                 (.48, .66, .24, .62), (.66, .1, .76, .6))
+BICYCLE = [
+    *[(18, None, disc(x, .62, .24, .38)) for x in (.24, .76)],  # whole wheels, as in Cityscapes
+    (18, None, [(.24, .62), (.38, .14), (.7, .14), (.76, .62), (.48, .66)]),
+    *[(None, "metal", stroke(x - c, .62 - s, x + c, .62 + s, .014))
+      for x in (.24, .76) for c, s in SPOKES],
+    *[(None, "dark", disc(x, .62, .24, .38, hole=.8)) for x in (.24, .76)],
+    *[(18, "body", stroke(*ends, .045)) for ends in BICYCLE_FRAME],
+    (18, "dark", rect(.28, .1, .46, .18)),
+    (18, "dark", stroke(.58, .07, .7, .07, .06)),
+]
+MOTORCYCLE = [
+    SHADE,
+    *wheels(17, (.22, .78), .66, .22, .34),
+    (17, "dark", stroke(.62, .06, .82, .62, .06)),
+    (17, "body", [(.1, .3), (.42, .36), (.52, .16), (.7, .2),
+                  (.84, .5), (.66, .86), (.34, .88), (.26, .58)]),
+    (None, "metal", [(.36, .58), (.62, .54), (.6, .84), (.38, .84)]),
+    (17, "dark", rect(.12, .24, .46, .36)),
+    (17, "lamp", disc(.8, .22, .05, .08)),
+    (17, "metal", stroke(.05, .82, .45, .82, .07)),
+]
+POST = (5, "metal", rect(.36, .02, .64, 1))
+POLE = [
+    POST,
+    (5, "metal", [(.36, .02), (1.5, 0), (1.5, .03), (.64, .06)]),
+    (None, "lamp", rect(1.1, .02, 1.5, .045)),
+]
+NO_ENTRY = [
+    POST,
+    (7, "red", disc(.5, .16, 1, .16)),
+    (None, "white", rect(-.2, .12, 1.2, .2)),
+]
+WARNING = [
+    POST,
+    (7, "red", [(.5, -.04), (1.6, .32), (-.6, .32)]),
+    (None, "white", [(.5, .06), (1.1, .28), (-.1, .28)]),
+    (None, "dark", rect(.4, .12, .6, .26)),
+]
+ONE_WAY = [
+    POST,
+    (7, "blue", rect(-.45, 0, 1.45, .32)),
+    (None, "white", [(.5, .03), (1.1, .15), (.68, .15), (.68, .28),
+                     (.32, .28), (.32, .15), (-.1, .15)]),
+]
+
+
+def traffic_light(*lamps):
+    """Three lamps from top to bottom; "glass" is a lamp that is off."""
+    case = [(6, "yellow", rect(-.08, -.005, 1.08, .275))]
+    case += [(None, "dark", rect(.06, .005, .94, .265))]
+    lights = [(None, lamp, disc(.5, .05 + .085 * i, .24, .034)) for i, lamp in enumerate(lamps)]
+    return [POST, *case, *lights]
+
+
+LIGHTS = [
+    traffic_light("red", "glass", "glass"),
+    traffic_light("glass", "yellow", "glass"),
+    traffic_light("glass", "glass", "green"),
+]
+
+# kind: (sprites, range of widths, height / width, range of nearness)
+# Widths are fractions of the image's; nearness is 0 at the horizon and 1 at the bottom.
+OBJECTS = dict(
+    car=([CAR], (.20, .29), .85, (.25, .62)),
+    truck=([TRUCK], (.30, .40), 1.0, (.2, .5)),
+    bus=([BUS], (.32, .42), .92, (.2, .5)),
+    train=([TRAIN], (.38, .48), .7, (.2, .45)),
+    bicycle=([BICYCLE, BICYCLE + RIDER, BICYCLE + RIDER], (.16, .20), 1.3, (.45, .85)),
+    motorcycle=([MOTORCYCLE, MOTORCYCLE + RIDER, MOTORCYCLE + RIDER], (.16, .20), 1.3, (.45, .85)),
+    person=([PERSON], (.058, .075), 4.6, (.4, .85)),
+    pole=([POLE], (.050, .056), 12.0, (.3, .7)),
+    light=(LIGHTS, (.062, .075), 8.5, (.35, .75)),
+    sign=([NO_ENTRY, WARNING, ONE_WAY], (.046, .056), 10.5, (.35, .75)),
+)
+
+# fmt: on
+# ---------------------------------------------------------------- 4 brush
+
+
+class Brush:
+    """Draws the same polygons into image (RGB), label (trainIds) and remoteness (0 near, 255 far).
+
+    palette: 0 paints in the source's colours, 1 in the target's, between them a mixture.
+    """
+
+    def __init__(self, rng, size, palette):
+        self.size = np.array(size)
+        self.lamps = []  # places of all lamps, in fractions of the image: at night they glow
+        self.image = Image.new("RGB", size)
+        self.label = Image.new("L", size)
+        self.remoteness = Image.new("L", size)
+        self.pens = [ImageDraw.Draw(layer) for layer in (self.image, self.label, self.remoteness)]
+        both = np.array(list(PAINT.values()), float)  # (surfaces, 2, 3)
+        source = both[:, 0]
+        target = both[:, 1]
+        variety = np.exp(VARIETY["surface"] * rng.standard_normal(source.shape))
+        colours = (source + palette * (target - source)) * variety
+        colours = np.clip(colours, 0, 255).astype(int)
+        self.paint = dict(zip(PAINT, map(tuple, colours.tolist())))
+
+    def draw(self, sprite, corners, remoteness=1.0, **paint):
+        """Draw the parts of a sprite; paint: colours of this sprite alone, by name.
+
+        corners: the places of the unit square's corners, clockwise from top left, in fractions of
+        the image; remoteness: 0..1.
+        """
+        top_left, top_right, bottom_right, bottom_left = np.asarray(corners) * self.size
+        paint = {**self.paint, **paint}
+        for train_id, colour, polygon in sprite:
+            u, v = np.asarray(polygon, float).T[..., None]  # (points, 1) each
+            top = (1 - u) * top_left + u * top_right
+            bottom = (1 - u) * bottom_left + u * bottom_right
+            points = (1 - v) * top + v * bottom  # (points, 2) pixels
+            depth = None
+            if train_id is not None:
+                depth = int(255 * remoteness)
+            for pen, fill in zip(self.pens, (paint.get(colour), train_id, depth)):
+                if fill is not None:
+                    pen.polygon(points.round().ravel().tolist(), fill=fill)
+            if colour == "lamp":
+                self.lamps.append(points.mean(0) / self.size)
+
+
+def random_paint(rng, saturation=0.85):
+    """A random RGB colour; saturation is the highest that it may have."""
+    hue = rng.random()
+    saturation = saturation * rng.random()
+    value = rng.uniform(0.25, 0.95)
+    return tuple(int(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def noise_field(rng, size, columns, rows):
+    """Smooth noise (H,W) of standard deviation near 1: the same cells at every image size."""
+    grid = rng.standard_normal((rows, columns)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize(size, Image.BICUBIC))
+
+
+# ---------------------------------------------------------------- 5 street and objects
+# The order in which random numbers are drawn makes a scene: moving such a line changes all scenes.
+
+
+def draw_street(rng, brush):
+    """Draw all that stands still, from far to near. Returns the horizon in image heights."""
+    horizon = rng.uniform(0.40, 0.48)
+    vanish = rng.uniform(0.42, 0.58)  # x of the vanishing point
+    everything = rect(0, 0, 1, 1)
+    brush.draw([(10, "sky", everything), (9, "terrain", rect(0, horizon, 1, 1))], everything)
+    draw_houses(rng, brush, horizon, vanish)
+    left_edge = rng.uniform(-0.12, 0.10)  # of the road at the bottom of the image
+    right_edge = rng.uniform(0.90, 1.12)
+    for side, edge in ((-1, left_edge), (1, right_edge)):
+        draw_roadside(rng, brush, horizon, vanish, side, edge)
+    road = [(0, "road", everything), *bars("line", (0.04, 0.94), 0.02, 0, 1)]
+    for y in (0.03, 0.08, 0.18, 0.4, 0.8):  # dashes between the lanes
+        road += bars("line", (0.35, 0.63), 0.024, y, 1.5 * y)
+    far_left = (vanish - 0.05, horizon)
+    far_right = (vanish + 0.05, horizon)
+    brush.draw(road, [far_left, far_right, (right_edge, 1), (left_edge, 1)])
+    return horizon
+
+
+def draw_houses(rng, brush, horizon, vanish):
+    """A row of houses and trees, lower towards the vanishing point."""
+    for x in np.arange(-0.05, 1, 0.14) + rng.uniform(-0.03, 0.03, 8):
+        width = rng.uniform(0.14, 0.22)
+        aside = abs(x + 0.07 - vanish)
+        top = horizon - rng.uniform(0.10, 0.18) - aside * rng.uniform(0.3, 0.6)
+        columns = rng.integers(3, 5)  # of windows
+        rows = max(2, int((horizon - top) / 0.1))
+        house = [(2, "body", rect(0, 0, 1, 1)), (None, "trim", rect(0, 0, 1, 0.05))]
+        windows = (np.arange(columns) + 0.25) / columns
+        for j in range(rows):
+            house += bars("glass", windows, 0.5 / columns, (j + 0.3) / rows, (j + 0.8) / rows)
+        ragged = 1 + 0.12 * rng.standard_normal((21, 1))
+        crown = disc(0, 0, 0.6, 0.5) * ragged + (0.5, 0.5)
+        tree = [(8, "trunk", rect(0.44, 0.6, 0.56, 1)), (8, "leaf", crown)]
+        body = random_paint(rng, 0.6)
+        trim = random_paint(rng, 0.6)
+        sprite = house
+        if rng.random() < 0.4:
+            sprite = tree
+        corners = rect(x, top, x + width, horizon + 0.01)
+        brush.draw(sprite, corners, 0.9 - 0.6 * aside, body=body, trim=trim)
+
+
+def draw_roadside(rng, brush, horizon, vanish, side, edge):
+    """Pavement, and mostly a wall and a fence behind it, one after the other.
+
+    side: -1 left, 1 right of the road; edge: x where the road ends at the bottom of the image.
+    """
+    inner = vanish + side * 0.05  # the pavement at the horizon
+    outer = vanish + side * 0.14
+    reach = edge + side * rng.uniform(0.25, 0.7)  # its outer edge at the bottom of the image
+    pavement = [(1, "sidewalk", rect(0, 0, 1, 1))]
+    for y in np.linspace(0.1, 1, 9) ** 2:  # joints, denser far away
+        pavement.append((None, "tile", rect(0, y, 1, 1.03 * y + 0.004)))
+    pavement += bars("tile", (0, 0.48), 0.04, 0, 1)
+    brush.draw(pavement, [(inner, horizon), (outer, horizon), (reach, 1), (edge, 1)])
+
+    wall = [(3, "brick", rect(0, 0, 1, 1))]
+    rows = np.arange(5) / 5
+    wall += [(None, "mortar", rect(0, y, 1, y + 0.035)) for y in rows]
+    for i, y in enumerate(rows):
+        wall += bars("mortar", np.arange(0.06 * (i % 2), 1, 0.125), 0.018, y, y + 0.2)
+    fence = [(4, None, rect(0, 0, 1, 1))]  # whole in the label, see-through in the image
+    fence += [(None, "fence", rect(0, y, 1, y + 0.08)) for y in (0.15, 0.75)]
+    fence += bars("fence", np.arange(0, 1, 0.095), 0.05, 0, 1)
+
+    ends = rng.uniform((0.3, 0.15, 0.02), (0.6, 0.25, 0.1))  # nearness along the pavement's edge
+    order = rng.permutation(2)
+    for k, near, far in zip(order, ends[:2], ends[1:]):
+        t = np.array([near, far])
+        x = outer + side * 0.04 + t * (reach - outer)
+        feet = np.stack([x, horizon + t * (1 - horizon)], 1)
+        tops = feet - np.stack([0 * t, 0.10 + 0.22 * t], 1)
+        if rng.random() < 0.8:
+            brush.draw((wall, fence)[k], [tops[0], tops[1], feet[1], feet[0]], 1 - near)
+
+
+def draw_objects(rng, brush, horizon):
+    """Draw vehicles, people, poles, lights and signs, from far to near."""
+    kinds = ["pole", "light", "sign", rng.choice(["pole", "light", "sign"])]
+    kinds += ["car"] * rng.integers(1, 3)
+    kinds += ["person"] * rng.integers(1, 3)
+    kinds += list(rng.permutation(["truck", "bus", "train"])[: rng.integers(1, 3)])
+    kinds += list(rng.permutation(["bicycle", "motorcycle"])[: rng.integers(1, 3)])
+    slots = (rng.permutation(len(kinds)) + rng.uniform(0.2, 0.8, len(kinds))) / len(kinds)
+    nearness = [rng.uniform(*OBJECTS[kind][3]) for kind in kinds]
+    for near, kind, x in sorted(zip(nearness, kinds, slots)):
+        sprites, widths, aspect, _ = OBJECTS[kind]
+        width = rng.uniform(*widths) * (0.75 + 0.5 * near)
+        y = horizon + near * (1 - horizon)  # of its feet
+        if kind in ("pole", "light", "sign"):
+            x = 0.5 + np.sign(x - 0.5) * (0.16 + 0.64 * abs(x - 0.5))  # beside the road
+        elif kind != "person":
+            x = 0.15 + 0.7 * x  # large, so away from the image border
+        left = x - width / 2
+        right = x + width / 2
+        if rng.choice((-1, 1)) == -1:  # facing the other way
+            left, right = right, left
+        sprite = sprites[rng.integers(len(sprites))]
+        body = random_paint(rng)
+        trim = random_paint(rng)
+        brush.draw(sprite, rect(left, y - width * aspect, right, y), 1 - near, body=body, trim=trim)
+
+
+# ---------------------------------------------------------------- 6 weather
+
+
+def blend(image, colour, opacity):
+    return image + opacity * (np.asarray(colour, np.float32) - image)
+
+
+def mask(size, polygons, blur):
+    """Soft mask (H,W,1), 0..1, of polygons; blur: its sigma as a fraction of the width."""
+    layer = Image.new("L", size)
+    pen = ImageDraw.Draw(layer)
+    for polygon in polygons:
+        pen.polygon((np.asarray(polygon) * size).round().ravel().tolist(), fill=255)
+    soft = layer.filter(ImageFilter.GaussianBlur(blur * size[0]))
+    return np.asarray(soft, np.float32)[..., None] / 255
+
+
+def spots(rng, count, radii, y_range=(0, 1)):
+    """Polygons of `count` round spots, anywhere in x, within y_range; radii: least and largest."""
+    low = (0, y_range[0], radii[0])
+    high = (1, y_range[1], radii[1])
+    return [disc(x, y, r, 2 * r) for x, y, r in rng.uniform(low, high, (count, 3))]
+
+
+def motion_blur(image, dx, dy):
+    """Mean over a line of (dx, dy) pixels around each pixel.
+
+    By halving the line: log2(length) passes over the image instead of length.
+    """
+    image = np.roll(image, (-round(dy / 2), -round(dx / 2)), (0, 1))
+    while max(abs(dx), abs(dy)) >= 1:
+        dx = dx / 2
+        dy = dy / 2
+        image = (image + np.roll(image, (round(dy), round(dx)), (0, 1))) / 2
+    return image
+
+
+def render_hard(image, label, remoteness, lamps, horizon, rng):
+    """Fog, night or rain; with each of them shadow, glare, motion blur, dirt and drops on the lens.
+
+    image (H,W,3) float32, 0..255; remoteness (H,W,1), 0..1; lamps [(x, y)] in fractions of the
+    image.
+    """
+    height, width = label.shape
+    size = (width, height)
+    kind = rng.choice(HARD["kinds"])
+    for _ in range(HARD["shadows"]):  # of houses and trees that stand outside the picture
+        x, w, slant = rng.uniform((-0.2, 0.06, -0.4), (1, 0.2, 0.4))
+        band = [(x, horizon), (x + w, horizon), (x + w + slant, 1.1), (x + slant - 0.1, 1.1)]
+        image = image * (1 - HARD["shadow"] * mask(size, [band], 0.004))
+
+    if kind == "fog":
+        patches = 1 + 0.15 * noise_field(rng, size, 6, 4)[..., None]
+        density = HARD["fog"] * patches * (0.25 + 0.75 * remoteness)
+        image = blend(image, (198, 200, 202), np.clip(density, 0, 0.95))
+    elif kind == "night":
+        ahead = [(0.42, horizon + 0.08), (0.58, horizon + 0.08), (0.95, 1), (0.05, 1)]
+        beam = mask(size, [ahead], 0.03)
+        image = image * (HARD["night"] * np.float32((0.9, 0.95, 1.15)) + 0.5 * beam)
+        lights = [disc(x, y, 0.022, 0.044) for x, y in lamps]
+        lights += spots(rng, 3, (0.01, 0.02), (0, 0.45))
+        image = blend(image, (255, 222, 160), 0.8 * mask(size, lights, 0.014))
+    else:
+        rows = 2 * int(horizon * height) - np.arange(height)
+        mirrored = image[np.clip(rows, 0, height - 1)]
+        wet = np.isin(label, (0, 1))[..., None]  # road and sidewalk
+        image = blend(image, mirrored, HARD["reflection"] * wet)
+        streaks = rng.uniform((-0.1, -0.1, 0.06), (1.1, 1, 0.2), (HARD["streaks"], 3))
+        slant = rng.uniform(-0.15, 0.15)
+        drops = [stroke(x, y, x + slant * n, y + n, 0.005) for x, y, n in streaks]
+        image = blend(0.85 * image, (205, 210, 215), HARD["rain"] * mask(size, drops, 0.0006))
+
+    glare = mask(size, spots(rng, HARD["glares"], (0.03, 0.08)), 0.02)
+    image = blend(image, (255, 244, 220), HARD["glare"] * glare)
+    length = HARD["motion"] * width * rng.uniform(0.5, 1.5)
+    angle = rng.uniform(-0.4, 0.4)
+    image = motion_blur(image, length * np.cos(angle), length * np.sin(angle))
+    dirt = mask(size, spots(rng, HARD["dirts"], (0.02, 0.06)), 0.01)
+    image = blend(image, random_paint(rng, 0.3), HARD["dirt"] * dirt)
+    # A drop on the lens shows another place of the scene, a little brighter.
+    refracted = 8 + 1.1 * np.roll(image, (int(0.12 * height), int(0.05 * width)), (0, 1))
+    drops = mask(size, spots(rng, HARD["drops"], (0.012, 0.04)), 0.002)
+    return blend(image, refracted, HARD["drop"] * drops)
+
+
+# ---------------------------------------------------------------- 7 one scene
+
+
+def texture_of(rng, label, size):
+    """Relative brightness (H,W,1) about 0 that tells classes apart without colour."""
+    amplitude = np.zeros((3, 256), np.float32)  # kind of texture, trainId
+    amplitude[0, [8, 9, 2]] = 0.28, 0.10, 0.04  # leaves: vegetation, terrain, building
+    amplitude[1, [9, 8]] = 0.22, 0.04  # upright blades of grass: terrain, vegetation
+    amplitude[2, [10, 0, 1]] = 0.06, 0.05, 0.05  # clouds and stains: sky, road, sidewalk
+    fields = [noise_field(rng, size, *cells) for cells in ((96, 48), (128, 16), (12, 8))]
+    return sum(row[label] * field for row, field in zip(amplitude, fields))[..., None]
+
+
+def draw_scene(rng, size, domain, hard=False):
+    """One street scene. size: (W, H); domain: "source" or "target"; hard: target only.
+
+    Returns image (H,W,3) uint8 RGB and label (H,W) uint8 of trainIds, IGNORE on the own car's
+    bonnet. The same rng state shows the same street at every size and in either domain: only
+    sensor noise is drawn per pixel.
+    """
+    seeds = rng.integers(2**62, size=3)
+    scene_rng, weather_rng, sensor_rng = (np.random.default_rng(seed) for seed in seeds)
+    target = domain == "target"
+    palette = 0
+    texture_gain = 1
+    noise = GAP["source_noise"]
+    if target:
+        palette = GAP["palette"]
+        texture_gain = GAP["texture"]
+        noise = GAP["noise"]
+        if hard:
+            noise += HARD["noise"]
+
+    brush = Brush(scene_rng, size, palette)
+    horizon = draw_street(scene_rng, brush)
+    draw_objects(scene_rng, brush, horizon)
+    bonnet = disc(0.5, 1.05, 0.62, scene_rng.uniform(0.08, 0.11))
+    brush.draw([(IGNORE, "dark", bonnet)], rect(0, 0, 1, 1), 0)
+    image = np.array(brush.image, np.float32)
+    label = np.array(brush.label)
+
+    texture = texture_of(scene_rng, label, size)
+    light = VARIETY["light"] * scene_rng.standard_normal()
+    light = light + VARIETY["tint"] * scene_rng.standard_normal(3)  # (3,): of R, G, B
+    image *= (1 + texture_gain * texture) * np.exp(light).astype(np.float32)
+
+    if target:
+        grey = image.mean(2, keepdims=True)
+        image = blend(image, grey, GAP["desaturate"])
+        image = (128 + GAP["contrast"] * (image - 128)) * np.float32(GAP["cast"])
+        if hard:
+            remoteness = np.array(brush.remoteness, np.float32) / 255
+            # Of the ground every row has its own.
+            rows = 1 - np.linspace(0, 1, size[1], dtype=np.float32)[:, None]
+            ground = np.clip(rows / (1 - horizon), 0, 1)
+            remoteness = np.where(np.isin(label, (0, 1, 9)), ground, remoteness)[..., None]
+            image = render_hard(image, label, remoteness, brush.lamps, horizon, weather_rng)
+        sharp = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+        soft = sharp.filter(ImageFilter.GaussianBlur(GAP["blur"] * size[0]))
+        image = np.asarray(soft, np.float32)
+    image = image + 255 * noise * sensor_rng.standard_normal(image.shape, np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8), label
+
+
+# ---------------------------------------------------------------- 8 trees of files
+
+# Tables from trainId to label id, for 256 values: what is no class becomes the dataset's "void".
+TO_CITYSCAPES = np.ones(256, np.uint8)  # 1 is ego vehicle
+TO_CITYSCAPES[:19] = CITYSCAPES_IDS
+TO_SYNTHIA = np.zeros(256, np.uint16)
+TO_SYNTHIA[:19] = SYNTHIA_IDS
+TO_SYNTHIA[[9, 14, 16]] = 0  # terrain, truck and train do not occur in the real labels
+
+CITIES = dict(train=("aldenburg", "brennau", "castelmar"), val=("dornfeld", "eastmere"))
+
+
+def write_png16(path, channels):
+    """channels (H,W,3) of 16-bit values as an RGB PNG, which Pillow cannot write."""
+
+    def chunk(kind, data):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    height, width, _ = channels.shape
+    rows = channels.astype(">u2").view(np.uint8).reshape(height, -1)
+    rows = np.pad(rows, ((0, 0), (1, 0)))  # each row starts with its filter's number, 0 for none
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)  # 16 bits, RGB
+    pixels = zlib.compress(rows.tobytes(), 3)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def write_label(path, label, tree):
+    """label (H,W) of trainIds, in the encoding of this tree."""
+    if tree == "SYNTHIA":
+        class_ids = TO_SYNTHIA[label]
+        instances = np.broadcast_to(np.arange(label.shape[1]) // 32, label.shape)  # any numbers do
+        write_png16(path, np.stack([class_ids, instances, 0 * instances], 2))
+        return
+    ids = Image.fromarray(TO_CITYSCAPES[label])
+    if tree == "GTA5":  # the pixel stays the label id, as the index of a colour
+        colours = np.zeros((256, 3), np.uint8)
+        colours[TO_CITYSCAPES[:19]] = PALETTE
+        ids.putpalette(colours.tobytes())
+    ids.save(path, compress_level=3)
+
+
+def file_names(tree, index):
+    """(stem, image, label): the names in the real dataset, relative to the folder of the trees."""
+    if tree in CITIES:
+        cities = CITIES[tree]
+        city = cities[index % len(cities)]
+        stem = f"{city}_{index // len(cities):06d}_000019"
+        image = f"Cityscapes/leftImg8bit/{tree}/{city}/{stem}_leftImg8bit.png"
+        return stem, image, f"Cityscapes/gtFine/{tree}/{city}/{stem}_gtFine_labelIds.png"
+    if tree == "GTA5":
+        stem = f"{index + 1:05d}"
+        return stem, f"GTA5/images/{stem}.png", f"GTA5/labels/{stem}.png"
+    if tree == "SYNTHIA":
+        stem = f"{index:07d}"
+        return stem, f"SYNTHIA/RGB/{stem}.png", f"SYNTHIA/GT/LABELS/{stem}.png"
+    stem = f"{index + 1}"
+    return stem, f"Synscapes/img/rgb/{stem}.png", f"Synscapes/img/class/{stem}.png"
+
+
+def write_tree(root, tree, number, count, size, seed):
+    """Draw `count` scenes of one tree below root. Returns the names of its easy and hard images."""
+    domain = "source"
+    hard = set()
+    if tree in CITIES:
+        domain = "target"
+        shuffled = np.random.default_rng((seed, number)).permutation(count)
+        hard = set(shuffled[: round(HARD["share"] * count)])
+    names = {"easy": [], "hard": []}
+    for index in range(count):
+        rng = np.random.default_rng((seed, number, index))
+        image, label = draw_scene(rng, size, domain, index in hard)
+        stem, image_name, label_name = file_names(tree, index)
+        for name in (image_name, label_name):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / image_name, compress_level=3)
+        write_label(root / label_name, label, tree)
+        if index in hard:
+            names["hard"].append(stem)
+        else:
+            names["easy"].append(stem)
+    return names
+
+
+def write_scenes(
+    root,
+    seed=0,
+    source_size=(256, 128),
+    target_size=(256, 128),
+    num_source=400,
+    num_target=400,
+    num_val=100,
+    synthia=False,
+    synscapes=False,
+):
+    """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes below root.
+
+    Sizes are (W, H). An image depends on (seed, tree, index) alone. hard.txt and easy.txt list the
+    target images as <city>_<seq>_<frame>; training never reads them. root must not exist
+    (FileExistsError). It appears when it is complete; an error or Ctrl-C leaves nothing behind.
+    """
+    root = Path(root)
+    if root.exists():
+        raise FileExistsError(f"{root} exists already")
+    trees = [
+        ("GTA5", num_source, source_size),
+        ("train", num_target, target_size),
+        ("val", num_val, target_size),
+    ]
+    numbers = {"GTA5": 0, "train": 1, "val": 2, "SYNTHIA": 3, "Synscapes": 4}  # part of the seed
+    if synthia:
+        trees.append(("SYNTHIA", num_source, source_size))
+    if synscapes:
+        trees.append(("Synscapes", num_source, source_size))
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own, so that two first runs at once do not meet.
+    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.", suffix=".partial", dir=root.parent))
+    partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+    easy = []
+    hard = []
+    try:
+        for tree, count, size in trees:
+            names = write_tree(partial, tree, numbers[tree], count, size, seed)
+            if tree in CITIES:
+                easy += names["easy"]
+                hard += names["hard"]
+        (partial / "easy.txt").write_text("".join(f"{name}\n" for name in easy))
+        (partial / "hard.txt").write_text("".join(f"{name}\n" for name in hard))
+        if root.exists():
+            raise FileExistsError(f"{root} exists already: another process was faster")
+        os.replace(partial, root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it is there no more if all went well
+
+
+def demo_scenes(source: str) -> Path:
+    """The folder of the built-in scenes with this source domain; drawn on first use."""
+    root = Path("data/scenes")
+    if source != "gta5":
+        root = Path(f"data/scenes-{source}")
+    if not root.exists():
+        print(f"drawing the built-in street scenes into {root} ...", flush=True)
+        try:
+            write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
+        except OSError:
+            if not root.exists():
+                raise
+            # Another process was faster, with the same scenes.
+    return root
+
+
+# ---------------------------------------------------------------- 9 command line
+
+
+def size(text):
+    """WxH to (W, H), for argparse."""
+    width, height = text.lower().split("x")
+    if int(width) < 32 or int(height) < 32:
+        raise ValueError
+    return int(width), int(height)
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other scenes")
+    parser.add_argument("--source-size", type=size, default=(256, 128), help="WxH (256x128)")
+    parser.add_argument("--target-size", type=size, default=(256, 128), help="WxH (256x128)")
+    parser.add_argument("--num-source", type=int, default=400, help="source images (400)")
+    parser.add_argument("--num-target", type=int, default=400, help="target images (400)")
+    parser.add_argument("--num-val", type=int, default=100, help="validation images (100)")
+    parser.add_argument("--synthia", action="store_true", help="also write a SYNTHIA tree")
+    parser.add_argument("--synscapes", action="store_true", help="also write a Synscapes tree")
+    args = parser.parse_args()
+    try:
+        write_scenes(
+            args.out,
+            seed=args.seed,
+            source_size=args.source_size,
+            target_size=args.target_size,
+            num_source=args.num_source,
+            num_target=args.num_target,
+            num_val=args.num_val,
+            synthia=args.synthia,
+            synscapes=args.synscapes,
+        )
+    except OSError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
