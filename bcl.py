@@ -78,6 +78,7 @@ DEMO = {
     "workers": 0,
 }
 # Flags of these groups make a run what it is; those of the others may change when it goes on.
+RECIPES = ("released", "paper")
 IDENTITY = ("data", "warm-up", "schedule", "method", "network")
 
 
@@ -143,7 +144,7 @@ def parse() -> tuple:
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
     g.add_argument("--num-classes", type=number(int, 2, 255), default=19, help="C; not 19: folders")
-    g.add_argument("--target-size", type=size, default="1024x512", help="static labels, evaluation")
+    g.add_argument("--target-size", type=size, default="1460x730", help="labels, evaluation (rel.)")
     g.add_argument("--short-side", type=side, default=850, help="before the crop (released)")
     g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
@@ -156,7 +157,7 @@ def parse() -> tuple:
     g.add_argument("--warmup-crop", type=side, default=600, help="its --crop (released)")
 
     g = parser.add_argument_group("schedule")
-    g.add_argument("--rounds", type=count, default=6, help="each with new static labels, half lr")
+    g.add_argument("--rounds", type=count, default=10, help="new labels, half lr (released)")
     g.add_argument("--round-iters", type=count, default=10_000, help="of a round (paper)")
     g.add_argument("--lr", type=real, default=7.5e-5, help="SGD, first round (released)")
     g.add_argument("--batch-size", type=count, default=2, help="pairs of images (paper)")
@@ -172,6 +173,8 @@ def parse() -> tuple:
     g.add_argument("--lambda-bcl", type=real, default=0.1, help="of BCL; paper: 0.1 to 0.7")
     g.add_argument("--target-weight", type=real, default=1.0, help="of the target's CE and entropy")
     g.add_argument("--static-ratio", type=share, default=0.1, help="r, top share that is labelled")
+    modes = ("batch", "running")
+    g.add_argument("--label-bn", choices=modes, default="batch", help="for y_F (released)")
     kinds = ("static", "dynamic", "hybrid")
     g.add_argument("--labels", choices=kinds, default="hybrid", help="y_T, the target labels")
     g.add_argument("--calibrate", action=on_off, default=True, help="add the domain bias ξ")
@@ -181,8 +184,8 @@ def parse() -> tuple:
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
     g.add_argument("--bn", choices=("batch", "running"), default="batch", help="statistics in use")
-    g.add_argument("--lr-backbone-mult", type=real, default=3.0, help="factor on the backbone's lr")
-    g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (paper)")
+    g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
+    g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (released)")
 
     g = parser.add_argument_group("run")
     g.add_argument("--eval-every", type=count_or_0, default=2_000, help="iterations; 0: at the end")
@@ -352,10 +355,26 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
-def pick(labels: Tensor, like: Tensor) -> Tensor:
-    """Labels (B,H,W) at the positions of a map (..,h,w), nearest-exact -> (B,h,w) int64."""
-    size = like.shape[-2:]
-    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+def map_centres(h: int, side: int, device=None) -> Tensor:
+    """(h,) int64: the pixel of `side` that each position of a map of h stands for.
+
+    round(i (side-1)/(h-1)): where align_corners=True puts the logits, and within a pixel of the
+    receptive field's centre. (Nearest resizing is 3 to 8 pixels off at the borders.)
+    """
+    positions = torch.arange(h, dtype=torch.float64, device=device)
+    return torch.round(positions * (side - 1) / max(h - 1, 1)).long()
+
+
+def pick(labels: Tensor, h: int, w: int) -> Tensor:
+    """Labels (B,H,W) at the centres of the positions of an (h,w) map -> (B,h,w)."""
+    rows = map_centres(h, labels.shape[1], labels.device)
+    columns = map_centres(w, labels.shape[2], labels.device)
+    return labels[:, rows[:, None], columns]
+
+
+def enlarge(labels: Tensor, height: int, width: int) -> Tensor:
+    """The inverse: labels (B,h,w) of a map at full size, (B,H,W); `pick` gives them back."""
+    return pick(labels, height, width)  # pixel y lies at position round(y (h-1)/(H-1))
 
 
 # ====================================================================== static labels
@@ -388,23 +407,36 @@ def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
     return torch.where(some, enough - 1, histogram.shape[1])
 
 
-def choose_static(prediction: Tensor, bins: Tensor, thresholds: Tensor, ratio: float) -> Tensor:
+def choose_static(
+    prediction: Tensor, bins: Tensor, thresholds: Tensor, ratio: float, absent: tuple = ()
+) -> Tensor:
     """y_F: the prediction where its confidence is in the top ratio of its class or of this image.
 
     prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, thresholds (C,) -> (H,W) int64.
+    absent: classes of which the source has no pixel; they get no label.
     """
     own = BINS  # least bin of the image's own top share
     if ratio > 0:
         top = max(1, math.ceil(ratio * bins.numel()))
         own = bins.flatten().float().topk(top).values[-1]
     keep = (bins >= thresholds[prediction.long()]) | (bins >= own)
+    for c in absent:
+        keep &= prediction != c
     return torch.where(keep, prediction.long(), IGNORE)
 
 
+def label_network(G: nn.Module, label_bn: str) -> nn.Module:
+    """A copy of G that makes static labels. "batch", as the released code does: training mode, each
+    image normalised by its own statistics. "running": eval mode. G's statistics do not move."""
+    if label_bn == "running":
+        return common.inference_copy(G)
+    return copy.deepcopy(G).train()
+
+
 @torch.no_grad()
-def confident_prediction(G, image: Tensor, out_size: tuple) -> tuple:
+def confident_prediction(network, image: Tensor, out_size: tuple) -> tuple:
     """One image (3,H,W) uint8 to its label (H,W) and confidence bins (H,W) int64 at out_size."""
-    logits = G(common.normalize(image[None])).main
+    logits = network(common.normalize(image[None])).main
     confidence, label = common.upsample(logits, out_size)[0].softmax(0).max(0)
     return label, confidence_bins(confidence)
 
@@ -419,14 +451,16 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
     Returns what is in labels.json.
     """
     about = {
-        "network": common.network_digest(G),
+        "network": common.digest(t.cpu().numpy().tobytes() for t in G.state_dict().values()),
         "images": common.fingerprint(images.values()),
         "input_size": list(args.target_size),
         "static_ratio": args.static_ratio,
+        "label_bn": args.label_bn,
     }
     if folder.exists():
         return read_static_labels(folder, images, about)
-    network = common.inference_copy(G)
+    network = label_network(G, args.label_bn)
+    absent = common.ABSENT.get(args.source, ())
     dataset = common.Images(images, args.target_size)
     C = args.num_classes
 
@@ -444,7 +478,7 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
         labelled = torch.zeros((), dtype=torch.float64)
         partial = folder.with_name(f"{folder.name}.partial")
         for name, label, bins in predictions():
-            static = choose_static(label, bins, thresholds, args.static_ratio).byte()
+            static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
             labelled += (static != IGNORE).double().mean().cpu()
             path = partial / "labels" / f"{name}.png"
             common.write_png(path, static.cpu().numpy(), common.palette_for(C))
@@ -491,7 +525,7 @@ class PairLabels:
         self.args = args
         self.emas = (ema_source, ema_target)
         self.thresholds = thresholds
-        self.predictor = common.inference_copy(G)
+        self.predictor = label_network(G, args.label_bn)
         self.encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
         common.set_mode(self.encoder, args.bn)
 
@@ -503,16 +537,18 @@ class PairLabels:
         image_t = item["image"].to(device)
         image_s = pair["image"].to(device)
         label, bins = confident_prediction(self.predictor, image_t, args.target_size)
-        static = choose_static(label, bins, self.thresholds, args.static_ratio)
+        absent = common.ABSENT.get(args.source, ())
+        static = choose_static(label, bins, self.thresholds, args.static_ratio, absent)
         f_s = self.encoder(common.normalize(image_s[None])).features.float()
         f_t = self.encoder(common.normalize(image_t[None])).features.float()
-        y_s = pick(pair["label"][None].to(device), f_s)
+        y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
         prototypes, present = class_prototypes(f_s[0], y_s[0], args.num_classes)
         if args.calibrate:
             prototypes = calibrate(prototypes, present, *self.emas)
         dynamic = dynamic_labels(f_t[0], prototypes, present, args.tau)
-        static = pick(static[None], item["label"])[0]
-        dynamic = pick(dynamic[None], item["label"])[0]
+        height, width = item["label"].shape
+        static = pick(static[None], height, width)[0]
+        dynamic = enlarge(dynamic[None], height, width)[0]
         return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
 
 
@@ -611,13 +647,14 @@ def train(
     last = folder / "last.pth"
     C = args.num_classes
     total = rounds * iters
+    horizon = iters if warmup else 1.2 * iters
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(C, args.layers, args.width, aux=False)
     report = "random initial weights"
     if initial is not None:
         report = common.load_weights(G, initial, args.init)
     G.to(device).checkpoint_activations = args.checkpoint_activations
-    groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
+    groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
     optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
     ema_source = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
     ema_target = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
@@ -685,7 +722,7 @@ def train(
             common.set_mode(G, args.bn)
 
         # ============================== the method ==============================
-        lr = base_lr * 0.5**round_ * (1 - step / iters) ** 0.9
+        lr = base_lr * 0.5**round_ * (1 - step / horizon) ** 0.9
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         optimizer.zero_grad(set_to_none=True)
@@ -708,8 +745,8 @@ def train(
             logits_t = common.upsample(T.main, size)
             f_s = S.features.float()  # (B, D, h, w)
             f_t = T.features.float()
-            y_s = pick(y_s_full, f_s)  # (B, h, w)
-            y_f = pick(y_f_full, f_t)
+            y_s = pick(y_s_full, *f_s.shape[2:])  # (B, h, w)
+            y_f = pick(y_f_full, *f_t.shape[2:])
             pairs = range(len(x_s))
 
             # p_S -> μ_S, for every pair of a source and a target image
@@ -724,7 +761,7 @@ def train(
                     p_st = calibrate(p_st, present, ema_source, ema_target)
                 dynamic.append(dynamic_labels(f_t[b], p_st, present, args.tau))
             y_d = torch.stack(dynamic)  # (B, h, w)
-            y_d_full = pick(y_d, y_f_full)  # enlarged to (B, H, W)
+            y_d_full = enlarge(y_d, *y_f_full.shape[1:])  # (B, H, W)
 
             # y_T, on the map and at full size
             if args.labels == "static":

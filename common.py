@@ -1,15 +1,11 @@
-"""What both methods share: classes, DeepLab-V2, weight files, dataset readers, evaluation,
-checkpoints, log, pictures.
+"""What both methods share: classes, DeepLab-V2, weight files, readers, evaluation, runs, pictures.
 
 No flag, no loss and no training loop is in this file: those are the methods, and each method is one
 file. Conventions: sizes are (W, H), tensors are (B, C, H, W), labels are trainIds 0..C-1 with 255 =
-ignore. Images travel as uint8 RGB and become float BGR minus the mean in `normalize`, on the
-device.
+ignore. Images travel as uint8 RGB and become float BGR minus the mean in `normalize`.
 
-Contents: errors and files · classes · network · weight files · readers · sampling · evaluation · device and ranks ·
-          resume, save, log · pictures
-
-
+Contents: errors and files · classes · network · weight files · readers · sampling · evaluation ·
+          device and ranks · resume, save, log · pictures
 """
 
 import contextlib
@@ -19,13 +15,14 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,39 +45,36 @@ class UserError(Exception):
     """Something the user can put right: one sentence that names the file or flag and what to do."""
 
     def __init__(self, message: str):
-        # A DataLoader worker passes its exception on as a printed traceback that ends in
-        # "UserError: <the sentence>".
+        # A reading process passes its exception on as a printed traceback that ends in this name.
         sentence = message.split("UserError: ")[-1]
         super().__init__(" ".join(sentence.splitlines()))
 
 
 def as_sentence(error: Exception) -> str | None:
-    """What to tell the user about an exception that input or machine caused; None for what may be a
-    bug of ours."""
+    """What to tell about an exception that input or machine caused; None for a possible bug."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of memory" in text):
-        return "out of GPU memory: lower the batch or image sizes, or add --amp or --checkpoint-activations"
+    if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of mem" in text):
+        return "out of GPU memory: lower batch or image size, add --amp or --checkpoint-activations"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return "out of memory: lower --workers, the batch size or the image sizes"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return f"a process that reads images died ({text}): lower --workers, or give it more (shared) memory"
+        return f"a process that reads images died ({text}): lower --workers, or add shared memory"
     if isinstance(error, dist.DistError) or (world() > 1 and "peer" in text):
         return "another of torchrun's processes ended; its message says why"
     if isinstance(error, OSError):
-        return f"{error.filename or 'input or output'}: {error.strerror or text}; check path, permissions and disk"
+        name = error.filename or "input or output"
+        return f"{name}: {error.strerror or text}; check the path, its permissions and the disk"
     return None
 
 
 def launch(main):
-    """Run a script's main(). A user's mistake becomes one line on stderr and exit status 2, an
-    interrupt 130."""
-    # so that temporary files are removed
+    """Run a script's main(). A user's mistake becomes one line on stderr and exit status 2."""
+    # sys.exit, so that temporary files are removed on the way out
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # a terminal without λ prints an escape instead of failing
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without λ prints an escape
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -97,28 +91,25 @@ def launch(main):
             raise
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            # a normal exit would wait for the other processes, which may wait for this one
-            os._exit(2)
+            os._exit(2)  # a normal exit would wait for processes that may wait for this one
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk, a missing permission or a folder in the way become a UserError that names
-    `path`."""
+    """A full disk, a missing permission or a folder in the way become a UserError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {path} ({reason}): free the disk, or choose another folder") from None
+        raise UserError(f"cannot write {path} ({reason}): free the disk or choose another folder")
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open `path` for binary writing. The file appears whole or not at all: temporary file, fsync,
-    rename."""
+    """Open `path` for binary writing. The file appears whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the name itself may be long
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +129,9 @@ def write_text(path, text: str):
 
 
 def write_png(path, array: np.ndarray, palette=None):
-    """(H,W) uint8 labels, in colour if a palette (C,3) is given, or an (H,W,3) uint8 image, as PNG.
+    """(H,W) uint8 labels, coloured by a palette (C,3) if given, or an (H,W,3) image, as PNG.
 
-    The pixels of a label file stay trainIds: the palette inside it only changes how viewers show
-    them.
+    The pixels of a label file stay trainIds: the palette only changes how viewers show them.
     """
     image = Image.fromarray(array)
     if palette is not None:
@@ -153,12 +143,10 @@ def write_png(path, array: np.ndarray, palette=None):
 
 
 def lock(out):
-    """Keep other runs out of the folder `out`, until this process ends. Returns what must be kept
-    alive.
+    """Keep other runs out of the folder `out` until this process ends; returns what must be kept.
 
-    A lock of fcntl belongs to the process: reading processes do not inherit it, and kill -9 ends
-    it. Temporary files that such a kill left behind are removed, now that no other run can be
-    writing them.
+    A lock of fcntl belongs to this process: readers do not inherit it, and kill -9 ends it. The
+    temporary files that such a kill left are removed, now that no other run can be writing them.
     """
     import fcntl  # not on Windows, where evaluation still works
 
@@ -170,41 +158,35 @@ def lock(out):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out {out} is in use by another run: wait for it, or choose another --out") from None
+            raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
-            leftover.unlink()
+            if re.fullmatch(r"\.\d+\.tmp", leftover.name):
+                leftover.unlink()
     return file
 
 
+def digest(chunks) -> str:
+    """A short hash of pieces of bytes."""
+    result = hashlib.sha256()
+    for chunk in chunks:
+        result.update(chunk)
+    return result.hexdigest()[:16]
+
+
 def fingerprint(paths) -> str:
-    """A digest of files by name and size, which tells data sets apart wherever they lie."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{Path(path).name} {os.stat(path).st_size}\n".encode())
-    return digest.hexdigest()[:16]
+    """Tells sets of files apart by names and sizes, wherever they lie."""
+    return digest(f"{Path(path).name} {os.stat(path).st_size}\n".encode() for path in paths)
 
 
 def content_digest(paths) -> str:
-    """A digest of what files contain, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def network_digest(network: nn.Module) -> str:
-    """A digest of all weights and statistics of a network."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(Path(path).read_bytes() for path in paths)
 
 
 # ====================================================================== classes
 
 IGNORE = 255
-# class, Cityscapes id (also that of GTA5, Synscapes, ACDC and Dark Zurich), SYNTHIA id, colour; the
-# row is the trainId
+# class, Cityscapes id (also of GTA5, Synscapes, ACDC, Dark Zurich), SYNTHIA id, colour; in the
+# order of the trainIds
 CLASS_TABLE = (
     ("road",            7,   3, (128, 64, 128)),
     ("sidewalk",        8,   4, (244, 35, 232)),
@@ -230,16 +212,15 @@ CLASSES = tuple(row[0] for row in CLASS_TABLE)
 CITYSCAPES_IDS = tuple(row[1] for row in CLASS_TABLE)
 SYNTHIA_IDS = tuple(row[2] for row in CLASS_TABLE)
 PALETTE = np.array([row[3] for row in CLASS_TABLE], dtype=np.uint8)
-# SYNTHIA has no terrain, truck and train
-SUBSET_16 = tuple(c for c in range(19) if c not in (9, 14, 16))
-# and is also reported without wall, fence and pole
-SUBSET_13 = tuple(c for c in SUBSET_16 if c not in (3, 4, 5))
+ABSENT = {"synthia": (9, 14, 16)}  # trainIds of which a source has no pixel: terrain, truck, train
+SUBSET_16 = tuple(c for c in range(19) if c not in ABSENT["synthia"])
+SUBSET_13 = tuple(c for c in SUBSET_16 if c not in (3, 4, 5))  # also without wall, fence, pole
 
 
 def palette_for(num_classes: int) -> np.ndarray:
-    """(num_classes, 3) uint8 colours: Cityscapes' for up to 19 classes, well spread fixed ones
-    beyond."""
-    extra = np.random.default_rng(0).integers(30, 256, (max(0, num_classes - 19), 3), dtype=np.uint8)
+    """(num_classes, 3) uint8 colours: Cityscapes' for up to 19 classes, fixed ones beyond."""
+    rng = np.random.default_rng(0)
+    extra = rng.integers(30, 256, (max(0, num_classes - 19), 3), dtype=np.uint8)
     return np.concatenate([PALETTE, extra])[:num_classes]
 
 
@@ -259,8 +240,7 @@ def class_names(num_classes: int) -> tuple:
 
 
 def trainid_table(ids) -> np.ndarray:
-    """256-entry uint8 table from a dataset's label id to trainId. Every id that is not listed maps
-    to 255."""
+    """256-entry uint8 table from label id to trainId; every id that is not listed maps to 255."""
     table = np.full(256, IGNORE, dtype=np.uint8)
     table[list(ids)] = np.arange(len(ids), dtype=np.uint8)
     return table
@@ -273,12 +253,11 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 
 def normalize(images: Tensor) -> Tensor:
     """RGB 0..255 (B,3,H,W), uint8 or float, to the network's input: float32 BGR 0..255 minus the
-    mean, no division."""
+    mean, no division. ValueError for another shape."""
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"normalize takes (B, 3, H, W) images in RGB, not {tuple(images.shape)}")
     bgr = images.flip(1).float()
-    # as numbers: a tensor of them would make the host wait for the GPU
-    for channel, mean in enumerate(MEAN_BGR):
+    for channel, mean in enumerate(MEAN_BGR):  # numbers: a tensor would make the host wait for CUDA
         bgr[:, channel] -= mean
     return bgr
 
@@ -295,10 +274,10 @@ class AtrousHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        dilations = (6, 12, 18, 24)
-        self.conv2d_list = nn.ModuleList(
-            nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d) for d in dilations
-        )
+        self.conv2d_list = nn.ModuleList()
+        for d in (6, 12, 18, 24):
+            conv = nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d)
+            self.conv2d_list.append(conv)
         for conv in self.conv2d_list:
             nn.init.normal_(conv.weight, std=0.01)
 
@@ -308,19 +287,17 @@ class AtrousHead(nn.Module):
 
 class DeepLabV2(nn.Module):
     """DeepLab-V2 on a Caffe-style dilated ResNet: images (B,3,H,W) from `normalize` to a
-    `Prediction` at stride 8.
+    `Prediction` at stride 8; 1024x512 gives a 129x65 map.
 
     layers and width are blocks per stage and channels of the stem; (3,4,23,3) and 64 make the
     papers' ResNet-101, whose published checkpoints load by name. aux=False leaves out layer5, the
     auxiliary head on layer3. BatchNorm's affine parameters are frozen, its statistics are not (see
-    `set_mode`). A 1024x512 image gives a 129x65 map. Weights and activations lie channels last,
-    with which convolutions are faster.
+    `set_mode`). Weights lie channels last, with which convolutions are faster.
     """
 
-    # True: keep each block's input alone, and compute the rest again going backward
-    checkpoint_activations = False
+    checkpoint_activations = False  # True: keep blocks' inputs alone, and compute the rest again
 
-    def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux: bool = True):
+    def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux=True):
         super().__init__()
         self.num_classes = num_classes
         self.layers = tuple(layers)
@@ -349,8 +326,7 @@ class DeepLabV2(nn.Module):
         x = self.run_blocks(self.layer2, x)  # (B, 8 * width, H/8, W/8)
         middle = self.run_blocks(self.layer3, x)  # (B, 16 * width, H/8, W/8)
         features = self.run_blocks(self.layer4, middle)  # (B, 32 * width, H/8, W/8)
-        # float(): under autocast convolutions give bfloat16, but losses and entropies are taken in
-        # float32.
+        # Under autocast convolutions give bfloat16; losses and entropies are taken in float32.
         main = self.layer6(features).float()
         aux = None if self.layer5 is None else self.layer5(middle).float()
         return Prediction(main, aux, features)
@@ -358,40 +334,51 @@ class DeepLabV2(nn.Module):
     def run_blocks(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return stage(x)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in stage:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            x = checkpoint(block, x, context_fn=lambda: once_only_statistics(block), **options)
+            x = checkpoint(block, x, context_fn=once_only_statistics(block), **options)
         return x
 
-    def parameter_groups(self, backbone_factor: float, head_factor: float) -> list:
-        """Optimizer groups that list each parameter once, with its factor on the learning rate as
-        "lr_factor"."""
-        heads = []
-        trunk = []
+    def parameter_groups(self, backbone_lr: str, head_factor: float) -> list:
+        """Optimizer groups that list each parameter once, with its factor on the learning rate.
+
+        The released optimizer lists a parameter several times and steps it as often. "released"
+        gives each once, with that factor: conv1 1, shortcut convolutions 4, all others 3. "paper"
+        gives the whole backbone 1. The heads get head_factor in both.
+        """
+        factors = {"conv1": 1.0, "convolution": 3.0, "shortcut": 4.0, "head": head_factor}
+        if backbone_lr == "paper":
+            factors.update(convolution=1.0, shortcut=1.0)
+        groups = {kind: [] for kind in factors}
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                group = heads if name.startswith(("layer5.", "layer6.")) else trunk
-                group.append(parameter)
-        return [{"params": trunk, "lr_factor": backbone_factor}, {"params": heads, "lr_factor": head_factor}]
+            if not parameter.requires_grad:
+                continue
+            kind = "convolution"
+            if name.startswith(("layer5.", "layer6.")):
+                kind = "head"
+            elif name.startswith("conv1."):
+                kind = "conv1"
+            elif ".downsample." in name:
+                kind = "shortcut"
+            groups[kind].append(parameter)
+        assert len(groups["conv1"]) == 1 and len(groups["shortcut"]) == 4
+        assert len(groups["convolution"]) == 3 * sum(self.layers)  # 99 in a ResNet-101
+        return [{"params": groups[kind], "lr_factor": factors[kind]} for kind in factors]
 
 
-def residual_stage(channels: int, planes: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:
-    """`blocks` bottlenecks from `channels` to 4 * planes channels. Every 3x3 convolution has the
-    dilation."""
-    shortcut = nn.Sequential(
-        nn.Conv2d(channels, 4 * planes, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(4 * planes),
-    )
-    first = Bottleneck(channels, planes, downsample=shortcut, dilation=dilation)
-    # Caffe strides on the 1x1 convolution, torchvision would on the 3x3
-    first.conv1.stride = (stride, stride)
+def residual_stage(channels, planes: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:
+    """`blocks` bottlenecks from `channels` to 4 * planes channels; all their 3x3s are dilated."""
+    shortcut = nn.Conv2d(channels, 4 * planes, 1, stride=stride, bias=False)
+    downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * planes))
+    first = Bottleneck(channels, planes, downsample=downsample, dilation=dilation)
+    first.conv1.stride = (stride, stride)  # Caffe's place for it; torchvision's is the 3x3
     rest = [Bottleneck(4 * planes, planes, dilation=dilation) for _ in range(blocks - 1)]
     return nn.Sequential(first, *rest)
 
 
-def once_only_statistics(block: nn.Module) -> tuple:
-    """The contexts of a checkpointed block's two forward passes. The second must not move running
-    statistics again."""
+def once_only_statistics(block: nn.Module):
+    """For torch's checkpoint: contexts of a block's two forward passes, of which the second must
+    not move BatchNorm's running statistics again."""
 
     @contextlib.contextmanager
     def second_pass():
@@ -407,13 +394,12 @@ def once_only_statistics(block: nn.Module) -> tuple:
                 norm.momentum = momentum
                 norm.num_batches_tracked = count
 
-    return contextlib.nullcontext(), second_pass()
+    return lambda: (contextlib.nullcontext(), second_pass())
 
 
 def set_mode(network: nn.Module, bn: str):
     """Training mode. bn="batch" (both papers): BatchNorm uses batch statistics and moves its
-    running ones, even at batch size 1. bn="running": it normalises by its running statistics,
-    which stay as they are."""
+    running ones, even at batch size 1. bn="running": it uses its running statistics, which stay."""
     network.train()
     for module in network.modules():
         if bn == "running" and isinstance(module, nn.BatchNorm2d):
@@ -422,19 +408,20 @@ def set_mode(network: nn.Module, bn: str):
 
 def inference_copy(network: DeepLabV2) -> DeepLabV2:
     """A copy for prediction: eval mode, BatchNorm folded into the convolutions, no auxiliary head.
-    `network` stays."""
+    `network` stays as it is."""
     network = copy.deepcopy(network).eval()
     network.layer5 = None
     network.conv1 = fuse_conv_bn_eval(network.conv1, network.bn1)
     network.bn1 = nn.Identity()
     for block in network.modules():
-        if isinstance(block, Bottleneck):
-            for i in (1, 2, 3):
-                conv = getattr(block, f"conv{i}")
-                setattr(block, f"conv{i}", fuse_conv_bn_eval(conv, getattr(block, f"bn{i}")))
-                setattr(block, f"bn{i}", nn.Identity())
-            if block.downsample is not None:
-                block.downsample = fuse_conv_bn_eval(*block.downsample)
+        if not isinstance(block, Bottleneck):
+            continue
+        for i in (1, 2, 3):
+            conv = fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
+            setattr(block, f"conv{i}", conv)
+            setattr(block, f"bn{i}", nn.Identity())
+        if block.downsample is not None:
+            block.downsample = fuse_conv_bn_eval(*block.downsample)
     return network
 
 
@@ -453,6 +440,7 @@ WEIGHT_KINDS = {
     "initial weights (Scale.*)": ("layer5.", "layer6."),
     "torchvision ResNet": ("layer5.", "layer6."),
 }
+TWO_BRANCHES = ("AdvEnt / IntraDA checkpoint", "single-level DeepLab")  # AdaptSegNet's layouts, too
 
 
 class WeightReport(NamedTuple):
@@ -463,18 +451,20 @@ class WeightReport(NamedTuple):
 
     def __str__(self):
         text = f"{self.kind}: loaded {len(self.loaded)} tensors"
-        for names, verb in ((self.skipped, "skipped"), (self.initialised, "kept initial")):
-            text += f", {verb} {len(names)}"
-            if names:
-                text += f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        for verb, names in (("skipped", self.skipped), ("kept initial", self.initialised)):
+            examples = f" ({names[0]}, ...)" if names else ""
+            text += f", {verb} {len(names)}{examples}"
         return text
 
 
 def read_checkpoint(path) -> dict:
-    """The dict of tensors and plain values in a .pth file. Code in a file is never run
-    (weights_only)."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder: name the .pth file in it")
+    """The dict of tensors and plain values in a .pth or .safetensors file. Code in it never runs.
+
+    UserError for a file that is missing, damaged (a zip knows its checksums) or no dict.
+    """
+    again = "download or train it again"
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: check the path, and name the file, not a folder")
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -482,23 +472,20 @@ def read_checkpoint(path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise UserError(f"{path} is damaged ({damaged} fails its checksum): download or train it again")
+                raise UserError(f"{path} is damaged (bad checksum of {damaged}): {again}")
         with warnings.catch_warnings():  # about formats that are refused below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: check the path") from None
-    except PermissionError:
-        raise UserError(f"cannot read {path}: change its permissions") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is no file of plain tensors (loading it would run code, or it is damaged)") from None
     except UserError:
         raise
+    except PermissionError:
+        raise UserError(f"cannot read {path}: change its permissions")
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is damaged, or would run code when it is loaded: {again}")
     except Exception as error:  # a damaged pickle can make torch stumble anywhere
-        kind = type(error).__name__
-        raise UserError(f"{path} is truncated or no checkpoint ({kind}): download or train it again") from None
+        raise UserError(f"{path} is truncated or no checkpoint ({type(error).__name__}): {again}")
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: bring one of a DeepLab-V2")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: {again}")
     return content
 
 
@@ -506,21 +493,19 @@ def read_safetensors(path) -> dict:
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError(f"{path}: reading it needs a package, pip install safetensors") from None
+        raise UserError(f"{path}: reading it needs a package: pip install safetensors")
     try:
         return load_file(path)
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): bring the file again") from None
+        raise UserError(f"{path} cannot be read ({error}): bring the file again")
 
 
 def plain_state(content: dict, path) -> dict:
-    """{name: tensor} of a checkpoint's content: out of its containers, without prefixes, each
-    tensor looked at."""
-    while True:
-        inner = [content[key] for key in CONTAINERS if isinstance(content.get(key), dict)]
-        if not inner:
-            break
+    """{name: tensor} of a file: out of its containers, without prefixes, each tensor looked at."""
+    inner = [content]
+    while inner:
         content = inner[0]
+        inner = [content[key] for key in CONTAINERS if isinstance(content.get(key), dict)]
     state = {}
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
@@ -528,22 +513,20 @@ def plain_state(content: dict, path) -> dict:
         while name.startswith(PREFIXES):
             name = name.split(".", 1)[1]
         if name in state:
-            raise UserError(f"{path} holds {name} twice, under two prefixes: save one network in one file")
+            raise UserError(f"{path} holds {name} under two prefixes: save one network in one file")
         state[name] = value
-        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+        odd = value.layout is not torch.strided or value.is_quantized or value.is_nested
+        if odd or value.is_meta or value.is_complex():
             raise UserError(f"{path}: {name} is no plain dense tensor: save it as float32")
-        if value.is_complex():
-            raise UserError(f"{path}: {name} is complex: save it as float32")
-        # float(): float8 knows no isfinite
-        if value.is_floating_point() and not value.float().isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values; take an earlier checkpoint")
+        if value.is_floating_point() and not value.float().isfinite().all():  # float(): for float8
+            raise UserError(f"{path}: {name} holds NaN or infinite values: take an earlier file")
         if name.endswith("running_var") and (value < 0).any():
-            raise UserError(f"{path}: {name} holds a variance below 0: the file is damaged, bring it again")
+            raise UserError(f"{path}: {name} holds a variance below 0: the file is damaged")
     return state
 
 
 def without(state: dict, *prefixes) -> tuple:
-    """(state without the names that start with a prefix, those names)."""
+    """(the state without the names that start with a prefix, those names)."""
     kept = {name: value for name, value in state.items() if not name.startswith(prefixes)}
     return kept, [name for name in state if name not in kept]
 
@@ -559,8 +542,7 @@ def head_channels(state: dict, layer: str) -> int:
 
 
 def parse_weights(content: dict, path="weights") -> tuple:
-    """(kind, state dict under our names, skipped names) of any of WEIGHT_KINDS, told apart by
-    content alone."""
+    """(kind, state dict under our names, skipped names), told apart by the content alone."""
     state = plain_state(content, path)
     aux_channels = head_channels(state, "layer5")
     main_channels = head_channels(state, "layer6")
@@ -568,18 +550,19 @@ def parse_weights(content: dict, path="weights") -> tuple:
         return "our checkpoint", state, []
     if state and all(name.startswith("Scale.") for name in state):
         kept, skipped = without(state, "Scale.layer5.")
-        return "initial weights (Scale.*)", {name[len("Scale.") :]: kept[name] for name in kept}, skipped
+        kept = {name.removeprefix("Scale."): value for name, value in kept.items()}
+        return "initial weights (Scale.*)", kept, skipped
     if "fc.weight" in state and "conv1.weight" in state:
         kept, skipped = without(state, "fc.")
-        # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means agree to
-        # one grey level.
+        # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means agree.
         std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
         kept["conv1.weight"] = (kept["conv1.weight"] / (255 * std)).flip(1)
         return "torchvision ResNet", kept, skipped
     if any(name.startswith("target_conv1.") for name in state):
-        stem = {name[len("target_") :]: state[name] for name in state if name.startswith("target_")}
+        names = [name for name in state if name.startswith("target_")]
+        stem = {name.removeprefix("target_"): state[name] for name in names}
         kept, skipped = without(state, "target_", "layer6.", *stem)
-        skipped = [name for name in skipped if not name.startswith("target_")]
+        skipped = [name for name in skipped if name not in names]
         return "BCL release", layer5_as_main({**kept, **stem}), skipped
     if aux_channels and main_channels == 2 * aux_channels:
         return "AdvEnt / IntraDA checkpoint", state, []
@@ -588,75 +571,71 @@ def parse_weights(content: dict, path="weights") -> tuple:
     if aux_channels and not main_channels:
         return "single-level DeepLab", layer5_as_main(state), []
     first = ", ".join(list(state)[:3]) or "no tensor"
-    raise UserError(f"{path} is no weight file of a DeepLab-V2 (it begins with {first}): see README for what is read")
+    raise UserError(f"{path} is no DeepLab-V2 (it begins with {first}): README says what is read")
 
 
-def load_weights(network: DeepLabV2, source, path="weights") -> WeightReport:
-    """Load a weight file (a path, or its content as a dict) into the network; says what was loaded,
-    skipped and kept.
+def load_weights(network: DeepLabV2, content: dict, path="weights") -> WeightReport:
+    """Load a weight file's content into the network; says what was loaded, skipped and kept.
 
-    Only the heads that WEIGHT_KINDS names may keep their initial value. UserError if the file is
-    unreadable, of another architecture or class count, or lacks anything else (num_batches_tracked
-    apart).
+    Only the heads that WEIGHT_KINDS names may keep their initial value. UserError if the file is of
+    another architecture or class count, or lacks anything else (num_batches_tracked apart).
     """
-    if not isinstance(source, dict):
-        path = source
-        source = read_checkpoint(source)
-    kind, state, skipped = parse_weights(source, path)
+    kind, state, skipped = parse_weights(content, path)
     if network.layer5 is None:
         state, unused = without(state, "layer5.")
         skipped = skipped + unused
     own = network.state_dict()
-    absent = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    initialised = [name for name in absent if WEIGHT_KINDS[kind] and name.startswith(WEIGHT_KINDS[kind])]
+    initialised = []
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
-    wrong += [name for name in absent if name not in initialised]
+    for name in own:
+        if name in state or name.endswith("num_batches_tracked"):
+            continue
+        optional = any(name.startswith(prefix) for prefix in WEIGHT_KINDS[kind])
+        (initialised if optional else wrong).append(name)
     if wrong:
-        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "missing"
-        wanted = tuple(own[wrong[0]].shape) if wrong[0] in own else "missing"
-        layers = ",".join(map(str, network.layers))
-        raise UserError(
-            f"{path} ({kind}) does not fit: {wrong[0]} is {found} in the file and {wanted} in the network;"
-            f" check --num-classes {network.num_classes}, --layers {layers}, --width {network.width}"
-        )
-    for name in state:
-        if own[name].is_floating_point() and not state[name].is_floating_point():
-            raise UserError(f"{path} ({kind}): {name} has type {state[name].dtype}; bring floating point weights")
+        found, wanted = [
+            tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "missing"
+            for tensors in (state, own)
+        ]
+        flags = f"--num-classes {network.num_classes}, --width {network.width}"
+        flags += f", --layers {','.join(map(str, network.layers))}"
+        where = f"{wrong[0]} is {found} in the file and {wanted} in the network"
+        raise UserError(f"{path} ({kind}) does not fit: {where}; check {flags}")
+    for name, value in state.items():
+        if own[name].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"{path} ({kind}): {name} has type {value.dtype}: save it as float32")
     network.load_state_dict({**own, **state})
     return WeightReport(kind, list(state), skipped, initialised)
-
-
-def build_network(path, content: dict) -> tuple:
-    """(DeepLabV2, WeightReport) of a checkpoint with trained heads. The architecture is read off
-    its tensors."""
-    _, state, _ = parse_weights(content, path)
-    try:
-        layers = []
-        for i in (1, 2, 3, 4):
-            blocks = {int(name.split(".")[1]) for name in state if name.startswith(f"layer{i}.")}
-            layers.append(1 + max(blocks))
-        num_classes = state["layer6.conv2d_list.0.bias"].shape[0]
-        width = state["conv1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{path} has no trained classifier (layer6): name a checkpoint, not initial weights") from None
-    # before it is built
-    if not (2 <= num_classes <= 255 and 2 <= width <= 1024 and max(layers) <= len(state)):
-        raise UserError(f"{path}: {num_classes} classes, width {width}, blocks {layers}: this file is damaged")
-    network = DeepLabV2(num_classes, layers, width, aux=head_channels(state, "layer5") > 0)
-    return network, load_weights(network, content, path)
 
 
 def load(path) -> DeepLabV2:
     """The trained network in a checkpoint of ours or of a published kind, in eval mode, on the CPU.
 
-    Its `input_size` (W,H) is what it was trained with, 1024x512 where the file does not say;
-    `report` what was loaded.
+    The architecture is read off the tensors. `input_size` (W,H) is what it was trained with, the
+    release's where the file does not say; `report` tells what was loaded.
     """
     content = read_checkpoint(path)
-    network, network.report = build_network(path, content)
+    kind, state, _ = parse_weights(content, path)
+    try:
+        layers = []
+        for i in (1, 2, 3, 4):
+            names = [name for name in state if name.startswith(f"layer{i}.")]
+            layers.append(1 + max(int(name.split(".")[1]) for name in names))
+        num_classes = state["layer6.conv2d_list.0.bias"].shape[0]
+        width = state["conv1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{path} has no trained classifier (layer6): name a trained checkpoint")
+    plausible = 2 <= num_classes <= 255 and 2 <= width <= 1024 and max(layers) <= len(state)
+    if not plausible:  # before it is built
+        shape = f"{num_classes} classes, width {width}, blocks {layers}"
+        raise UserError(f"{path} is damaged ({shape}): bring the file again")
+    network = DeepLabV2(num_classes, layers, width, aux=head_channels(state, "layer5") > 0)
+    network.report = load_weights(network, content, path)
+    network.input_size = (1460, 730) if kind == "BCL release" else (1024, 512)
     known = content.get("input_size")
-    whole = isinstance(known, (tuple, list)) and len(known) == 2 and all(isinstance(s, int) and s >= 32 for s in known)
-    network.input_size = tuple(known) if whole else (1024, 512)
+    if isinstance(known, (tuple, list)) and len(known) == 2:
+        if all(isinstance(side, int) and side >= 32 for side in known):
+            network.input_size = tuple(known)
     return network.eval()
 
 
@@ -672,57 +651,56 @@ def initial_weights(init: str):
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        name = weights.url.split("/")[-1]
-        raise UserError(
-            f"cannot fetch ImageNet weights ({error}): put {name} into {folder}, or name a file with --init"
-        ) from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.split("/")[-1]
+        raise UserError(f"cannot fetch ImageNet weights ({error}): bring {place}, or give --init")
 
 
 # ====================================================================== readers
 
-# Pillow on broken files
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, zipfile.zlib.error)
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error)  # of broken images
 
 
 class Layout(NamedTuple):
-    """Where a dataset keeps its files below its root, and what its label pixels say. {split} is
-    train, val or test."""
+    """Where a dataset keeps its files below its root, and what its label pixels say.
 
-    images: str  # folder; may hold a * for one level of folders
+    {split} is train, val or test; a * stands for one level of folders.
+    """
+
+    images: str
     labels: str
-    image_suffixes: tuple
-    label_suffix: str
+    image_suffixes: tuple = (".png",)
+    label_suffix: str = ".png"
     ids: tuple = CITYSCAPES_IDS  # label id of every trainId
     last_id: int = 33  # ids run from 0 to this one; 255 is the -1 of ids kept in 8 bits
-    by_file_name: bool = False  # images and labels pair by the file's name alone, not by its path
+    by_file_name: bool = False  # images and labels pair by file name alone, not by path
 
 
+TRAIN_IDS = tuple(range(19))
+PHOTOS = (".png", ".jpg", ".jpeg")
+ANON = (("_rgb_anon.png",), "_gt_labelIds.png")  # suffixes of ACDC and Dark Zurich
 # The first layout of a dataset whose image folder exists is taken.
 LAYOUTS = {
     "gta5": (
-        Layout("images", "labels", (".png",), ".png"),
-        # ten archives, unpacked
-        Layout("*_images/images", "*_labels/labels", (".png",), ".png", by_file_name=True),
+        Layout("images", "labels"),
+        Layout("*_images/images", "*_labels/labels", by_file_name=True),  # ten archives, unpacked
     ),
-    "synthia": (
-        Layout("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", (".png",), ".png", SYNTHIA_IDS, 22),
-        Layout("RGB", "GT/LABELS", (".png",), ".png", SYNTHIA_IDS, 22),
-    ),
-    "synscapes": (Layout("img/rgb", "img/class", (".png",), ".png"),),
+    "synthia": (Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS, last_id=22),),
+    "synscapes": (Layout("img/rgb", "img/class"),),
     "cityscapes": (
-        Layout("leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png"),
+        Layout(
+            "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png"
+        ),
     ),
-    "acdc": (Layout("rgb_anon/*/{split}", "gt/*/{split}", ("_rgb_anon.png",), "_gt_labelIds.png"),),
-    "darkzurich": (Layout("rgb_anon/{split}/night", "gt/{split}/night", ("_rgb_anon.png",), "_gt_labelIds.png"),),
+    "acdc": (Layout("rgb_anon/*/{split}", "gt/*/{split}", *ANON),),
+    "darkzurich": (Layout("rgb_anon/{split}/night", "gt/{split}/night", *ANON),),
     "bdd100k": (
-        Layout("images/10k/{split}", "labels/sem_seg/masks/{split}", (".jpg",), ".png", tuple(range(19)), 18),
-        Layout("seg/images/{split}", "seg/labels/{split}", (".jpg",), "_train_id.png", tuple(range(19)), 18),
+        Layout("images/10k/{split}", "labels/sem_seg/masks/{split}", PHOTOS, ".png", TRAIN_IDS, 18),
+        Layout("seg/images/{split}", "seg/labels/{split}", PHOTOS, "_train_id.png", TRAIN_IDS, 18),
     ),
     "folder": (
-        Layout("images/{split}", "labels/{split}", (".png", ".jpg", ".jpeg"), ".png", tuple(range(255)), 254),
-        Layout("images", "labels", (".png", ".jpg", ".jpeg"), ".png", tuple(range(255)), 254),
+        Layout("images/{split}", "labels/{split}", PHOTOS, ".png", tuple(range(255)), 254),
+        Layout("images", "labels", PHOTOS, ".png", tuple(range(255)), 254),
     ),
 }
 ROOTS = {  # names of a dataset's folder below the data root; lower case is fine, too
@@ -740,65 +718,67 @@ TARGETS = ("cityscapes", "acdc", "darkzurich", "bdd100k", "folder")
 
 def dataset_root(kind: str, data_root, own_root=None) -> Path:
     """Where a dataset lies: its own root if given, else its usual folder below the data root."""
-    candidates = [Path(own_root)] if own_root else []
-    if not own_root:
+    candidates = []
+    if own_root:
+        candidates.append(Path(own_root))
+    else:
         for name in ROOTS[kind]:
             candidates += [Path(data_root) / name, Path(data_root) / name.lower()]
-    for candidate in candidates:
-        if candidate.is_dir():
-            if candidate.name.lower() == "rand_cityscapes":
-                return candidate.parent  # the layout names this folder itself
-            return candidate
-    raise UserError(f"no {kind} data at {candidates[0]}: check --data-root, or --source-root / --target-root")
+    for root in candidates:
+        if root.is_dir():
+            inner = root / "RAND_CITYSCAPES"  # as SYNTHIA's archive unpacks
+            return inner if kind == "synthia" and inner.is_dir() else root
+    flags = "--data-root, --source-root or --target-root"
+    raise UserError(f"no {kind} data at {candidates[0]}: check {flags}")
 
 
 def find_layout(kind: str, root: Path, split: str) -> Layout:
-    """The layout that this copy of a dataset has, or the usual one, for whose folders later
-    messages ask."""
-    splits = [name for name in ("train", "val", "test") if (root / "images" / name).is_dir()]
-    if kind == "folder":
+    """The layout that this copy of a dataset has, or the first, for whose folders messages ask."""
+    if kind == "folder":  # has splits if there is any
+        splits = [name for name in ("train", "val", "test") if (root / "images" / name).is_dir()]
         return LAYOUTS[kind][0 if splits else 1]
     for layout in LAYOUTS[kind]:
-        if next(root.glob(layout.images.format(split=split)), None):
+        if any(root.glob(layout.images.format(split=split))):
             return layout
-    return LAYOUTS[kind][-1 if kind == "synthia" else 0]
+    return LAYOUTS[kind][0]
 
 
-def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool = False) -> dict:
-    """{name: path} of the files in the folders that match the pattern, numbers in numeric order.
+def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool) -> dict:
+    """{name: path} of the files below the folders that match the pattern, in natural order.
 
     The name is the path below the pattern's part without *, less the suffix. A nested images/images
     is accepted.
     """
     folders = sorted(path for path in root.glob(pattern) if path.is_dir())
-    base = root / pattern.split("/*")[0] if "/*" in pattern else root / pattern
+    if not folders:
+        raise UserError(f"no folder {root / pattern} for {kind}: check the root and the archives")
+    base = root / pattern.split("/*")[0]
     if folders == [base] and (base / base.name).is_dir():
         base = base / base.name
         folders = [base]
-    if not folders:
-        raise UserError(f"no folder {root / pattern} for {kind}: check the dataset's root, and unpack all of its archives")
 
     def unreadable(error):
-        raise UserError(f"cannot read folder {error.filename} ({error.strerror}): change its permissions")
+        raise UserError(f"cannot read folder {error.filename}: change its permissions")
 
     found = {}
     seen = set()
     for folder in folders:
-        for parent, _, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
             real = os.path.realpath(parent)
-            if real in seen:
-                raise UserError(f"{parent} is {real} once more: remove the link")
+            if real in seen:  # a link that leads back
+                inner.clear()
+                continue
             seen.add(real)
             for name in names:
                 suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
                 if suffix is None or name.startswith("."):
                     continue
                 path = Path(parent, name)
-                below = Path(name) if by_file_name else path.relative_to(base)
-                key = below.as_posix()[: -len(suffix)]
+                below = name if by_file_name else path.relative_to(base).as_posix()
+                key = below[: -len(suffix)]
                 check_name(key, path)
                 if key in found:
-                    raise UserError(f"{found[key]} and {path} are two files of one name: remove one")
+                    raise UserError(f"{found[key]} and {path} have one name: remove one")
                 found[key] = path
     if not found:
         raise UserError(f"no *{suffixes[0]} files in {folders[0]}: check the dataset's root")
@@ -806,52 +786,47 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
 
 
 def check_name(key: str, path: Path):
-    """Names become lines of text files: refuse line breaks and what cannot be written as UTF-8."""
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{str(path)!a}: the name is no UTF-8; rename the file") from None
-    if len(key.splitlines()) > 1 or any(ord(letter) < 32 for letter in key):
-        raise UserError(f"{str(path)!a}: the name holds a line break or a control character; rename the file")
+    """Names become lines of text files: refuse line breaks and what is no UTF-8."""
+    control = any(ord(letter) < 32 for letter in key) or len(key.splitlines()) > 1
+    surrogate = any("\ud800" <= letter <= "\udfff" for letter in key)  # stands for a byte
+    if control or surrogate:
+        what = "a line break or control character" if control else "bytes that are no UTF-8"
+        raise UserError(f"{str(path)!a}: the name holds {what}; rename the file")
 
 
 def natural_order(key: str) -> tuple:
     folder, _, name = key.rpartition("/")
-    number = int(name) if name.isdecimal() else -1
-    return folder, number, name
+    return folder, int(name) if name.isdecimal() else -1, name
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
-    """{name: image path} of a dataset, in order. Knows nothing of labels: the target reader is
-    built from this."""
+    """{name: image path} of a dataset. Knows nothing of labels: the target is read from this."""
     layout = find_layout(kind, Path(root), split)
-    return list_files(Path(root), layout.images.format(split=split), layout.image_suffixes, kind, layout.by_file_name)
+    pattern = layout.images.format(split=split)
+    return list_files(Path(root), pattern, layout.image_suffixes, kind, layout.by_file_name)
 
 
 def list_pairs(kind: str, root, split: str = "train") -> dict:
-    """{name: (image path, label path)} of a dataset; an image or a label without a partner is
-    refused."""
-    root = Path(root)
-    layout = find_layout(kind, root, split)
+    """{name: (image path, label path)}; an image or a label without a partner is refused."""
+    layout = find_layout(kind, Path(root), split)
+    pattern = layout.labels.format(split=split)
     images = list_images(kind, root, split)
-    labels = list_files(root, layout.labels.format(split=split), (layout.label_suffix,), kind, layout.by_file_name)
-    lonely = [name for name in images if name not in labels]
-    lonely += [name for name in labels if name not in images]
+    labels = list_files(Path(root), pattern, (layout.label_suffix,), kind, layout.by_file_name)
+    lonely = sorted(images.keys() ^ labels.keys())
     if lonely:
-        raise UserError(
-            f"{root}: {len(images)} images but {len(labels)} labels, {len(lonely)} without a partner, first"
-            f" {', '.join(lonely[:3])}; complete the download or remove them"
-        )
+        counts = f"{len(images)} images but {len(labels)} labels"
+        names = f"{len(lonely)} without a partner, first {', '.join(lonely[:3])}"
+        raise UserError(f"{root}: {counts}, {names}; complete the download or remove them")
     return {name: (images[name], labels[name]) for name in images}
 
 
 def has_labels(kind: str, root, split: str) -> bool:
-    """Whether this copy of a dataset holds images and labels of the split."""
+    """Whether this copy of a dataset holds folders of images and labels of the split."""
     layout = find_layout(kind, Path(root), split)
-    if kind == "folder" and "{split}" not in layout.images:
+    if "{split}" not in layout.images:
         return split == "train"
     patterns = (layout.images.format(split=split), layout.labels.format(split=split))
-    return all(next(Path(root).glob(pattern), None) for pattern in patterns)
+    return all(any(Path(root).glob(pattern)) for pattern in patterns)
 
 
 def folder_classes(root, num_classes: int) -> tuple:
@@ -860,64 +835,61 @@ def folder_classes(root, num_classes: int) -> tuple:
     if not path.is_file():
         return class_names(num_classes)
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): give one class name a line, as UTF-8") from None
-    if len(names) != num_classes or len(set(names)) != num_classes:
-        raise UserError(f"{path} names {len(set(names))} classes, but --num-classes is {num_classes}: make them agree")
+        raise UserError(f"cannot read {path} ({error}): give one class name a line, as UTF-8")
+    names = dict.fromkeys(line.strip() for line in lines if line.strip())
+    if len(names) != num_classes:
+        raise UserError(f"{path} names {len(names)} classes, not --num-classes {num_classes}")
     return tuple(names)
 
 
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
-    """A decoded Pillow image; a UserError that names the file if it has none of the formats, is
-    broken or too large.
+    """A decoded Pillow image; a UserError names a file that is of no such format, broken or huge.
 
-    low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, give the low byte
-    instead.
+    low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, the low byte.
     """
     if not os.path.isfile(path):
-        raise UserError(f"no image at {path}: check the path; a folder or a broken link may be in its place")
+        raise UserError(f"no image at {path}: check the path; a folder or broken link may be there")
     try:
         with warnings.catch_warnings():  # up to twice the limit of pixels Pillow would only warn
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=formats)
         if low_bytes:
             if str(image.tile[0][3]) != "RGB;16B":
-                raise UserError(f"{path} is no 16-bit RGB file (mode {image.mode}): bring GT/LABELS as downloaded")
-            # read big-endian pairs as little-endian
+                raise UserError(f"{path} is no 16-bit RGB file: bring GT/LABELS as downloaded")
+            # big-endian pairs, read as little-endian ones
             image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]
         image.load()
         return image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} claims more than {Image.MAX_IMAGE_PIXELS} pixels: replace the file") from None
+        raise UserError(f"{path} claims over {Image.MAX_IMAGE_PIXELS} pixels: replace the file")
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is no {' or '.join(formats)} file, or is cut off: bring it again") from None
+        raise UserError(f"{path} is no {' or '.join(formats)} file, or is cut off: bring it again")
     except PermissionError:
-        raise UserError(f"cannot read {path}: change its permissions") from None
+        raise UserError(f"cannot read {path}: change its permissions")
     except DAMAGE as error:
-        raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again") from None
+        raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
 
 
-def read_image(path, formats=("PNG", "JPEG")) -> Image.Image:
+def read_image(path) -> Image.Image:
     """An image file as 8-bit RGB, turned upright by its EXIF orientation."""
-    image = ImageOps.exif_transpose(open_image(path, formats))
+    image = ImageOps.exif_transpose(open_image(path))
     if image.mode.startswith(("I", "F")):  # conversion would clip all of it to white
-        raise UserError(f"{path} has mode {image.mode}, 16 or more bits of grey: bring 8-bit images")
+        raise UserError(f"{path} has 16 or more bits of grey: bring 8-bit images")
     return image.convert("RGB")
 
 
 def read_ids(path) -> np.ndarray:
-    """(H,W) uint8 label ids of a PNG with one id per pixel: palette index, or grey of 1, 2, 4 or 8
-    bits."""
+    """(H,W) uint8 label ids of a PNG: palette index (never converted), or grey of 1 to 8 bits."""
     image = open_image(path)
-    raw_mode = str(image.tile[0][3]) if image.tile else ""
-    if image.mode not in ("P", "L", "1"):  # for a palette file the index is the id: never convert
-        depth = "16 bits" if image.mode.startswith("I") else "not one id per pixel"
-        raise UserError(f"{path} has mode {image.mode} ({depth}): bring 8-bit label ids, not colours")
+    if image.mode not in ("P", "L", "1"):
+        raise UserError(f"{path} has mode {image.mode}: bring ids of 8 bits a pixel, not colours")
     if image.format != "PNG":
         raise UserError(f"{path} is a {image.format} file, which blurs ids: bring the label as PNG")
     ids = np.asarray(image).astype(np.uint8)
-    bits = Path(path).read_bytes()[24]  # bit depth, in every PNG's first chunk
+    with open(path, "rb") as file:
+        bits = file.read(25)[24]  # in every PNG's first chunk
     if image.mode == "L" and bits in (2, 4):
         ids = ids // (255 // (2**bits - 1))  # Pillow stretches grey of few bits to 0..255
     return ids
@@ -930,25 +902,27 @@ def read_label(path, kind: str, num_classes: int) -> Image.Image:
     in a plain folder, whose ids are the trainIds themselves, more than one in a thousand.
     """
     layout = LAYOUTS[kind][0]
+    last_id = layout.last_id
+    share = 0.5
+    if kind == "folder":
+        last_id = num_classes - 1
+        share = 0.001
     if kind == "synthia":  # 16 bits a channel, class id in R; ids are below 256
         ids = np.asarray(open_image(path, low_bytes=True))[:, :, 0]
     else:
         ids = read_ids(path)
-    last_id = num_classes - 1 if kind == "folder" else layout.last_id
-    share = 0.001 if kind == "folder" else 0.5
     foreign = np.bincount(ids.ravel(), minlength=256)[last_id + 1 : IGNORE]
     if foreign.sum() > share * ids.size:
+        percent = f"{100 * foreign.sum() / ids.size:.1f} % of its pixels"
         value = last_id + 1 + int(np.argmax(foreign))
-        raise UserError(
-            f"{path}: {100 * foreign.sum() / ids.size:.1f} % of its pixels are no ids 0 to {last_id} (most often {value});"
-            f" are these colours, 16 bits flattened to 8, ids of another dataset, or is --num-classes too low?"
-        )
+        hint = "colours, ids of another dataset, or too low a --num-classes?"
+        raise UserError(f"{path}: {percent} are no ids 0 to {last_id} (but {value}); {hint}")
     return Image.fromarray(trainid_table(layout.ids[:num_classes])[ids])
 
 
 def resize(image: Image.Image, size: tuple, kind: str) -> Image.Image:
-    """To size (W, H), aspect not kept: Pillow's antialiased bicubic for an "image", nearest for a
-    "label"."""
+    """To size (W, H), aspect not kept: an "image" by Pillow's antialiased bicubic, a "label" by
+    nearest."""
     return image.resize(size, {"image": Image.BICUBIC, "label": Image.NEAREST}[kind])
 
 
@@ -960,9 +934,13 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array)
 
 
+def spread(length: int, count: int) -> list:
+    """At most `count` indices, spread evenly over range(length)."""
+    return sorted({round(i * (length - 1) / max(count - 1, 1)) for i in range(count)})
+
+
 class Images(Dataset):
-    """Images without labels. It is given image paths and nothing else, so training cannot open a
-    target label.
+    """Images without labels. It is given image paths alone: training cannot open a target label.
 
     An item is {"name", "image": (3,H,W) uint8 RGB}, resized to `size` if given, or made by
     transform(image, None, random generator of (seed, sample position)).
@@ -982,7 +960,8 @@ class Images(Dataset):
         position, index = key if isinstance(key, tuple) else (0, key)
         image, label = self.open(index)
         if self.transform:
-            image, label = self.transform(image, label, np.random.default_rng((self.seed, position)))
+            rng = np.random.default_rng((self.seed, position))
+            image, label = self.transform(image, label, rng)
         elif self.size:
             image = resize(image, self.size, "image")
             label = self.resize_label(label)
@@ -1002,8 +981,7 @@ class Images(Dataset):
         return self.paths
 
     def look(self):
-        """Open a few files spread over the set, so that what is wrong with it shows before training
-        starts."""
+        """Open a few files spread over the set: what is wrong with it shows before training."""
         for index in spread(len(self), 8):
             self.open(index)
 
@@ -1011,16 +989,15 @@ class Images(Dataset):
 class Labelled(Images):
     """Images with labels of one dataset kind; an item also has "label": (H,W) uint8 trainIds.
 
-    native_labels=True keeps the label at its own size (evaluation), otherwise it is resized like
-    the image. pseudo=True: labels that a network made, in a size of their own and perhaps empty.
+    native_labels=True keeps labels at their own size (evaluation), otherwise they are resized like
+    the image. pseudo=True: labels that a network made, in a size of their own, perhaps empty.
     `classes` are the names in tables.
     """
 
-    def __init__(
-        self, pairs: dict, kind: str, num_classes: int, size=None, native_labels=False, pseudo=False, transform=None,
-        seed: int = 0, classes=None,
-    ):  # fmt: skip
-        super().__init__({name: image for name, (image, _) in pairs.items()}, size, transform, seed)
+    def __init__(self, pairs: dict, kind: str, num_classes: int, size=None, *, native_labels=False,
+                 pseudo=False, transform=None, seed: int = 0, classes=None):  # fmt: skip
+        images = {name: image for name, (image, _) in pairs.items()}
+        super().__init__(images, size, transform, seed)
         self.label_paths = [label for _, label in pairs.values()]
         self.kind = kind
         self.num_classes = num_classes
@@ -1033,9 +1010,8 @@ class Labelled(Images):
         path = self.label_paths[index]
         label = read_label(path, self.kind, self.num_classes)
         ratio = image.width / image.height * label.height / label.width
-        # GTA5 has pairs of 1914x1052 and 1914x1046; this is another picture
-        if not self.pseudo and not 0.9 < ratio < 1.1:
-            sizes = f"{label.width}x{label.height} but its image {image.width}x{image.height}"
+        if not self.pseudo and not 0.9 < ratio < 1.1:  # GTA5 has 1914x1052 with 1914x1046; not more
+            sizes = f"{label.width}x{label.height}, its image {image.width}x{image.height}"
             raise UserError(f"{path} is {sizes}: this is not its label, repair the pair")
         return image, label
 
@@ -1046,37 +1022,29 @@ class Labelled(Images):
         return self.paths + self.label_paths
 
     def look(self):
-        """Also refuses labels with next to no pixel of a known class, and trainIds where label ids
-        are expected."""
+        """Also refuses labels with next to no known class, and trainIds in place of label ids."""
         labels = [np.asarray(self.open(index)[1]) for index in spread(len(self), 8)]
         if self.pseudo:
             return
+        first = self.label_paths[0]
         known = [np.mean(label != IGNORE) for label in labels]
         if max(known) < 0.02:
-            raise UserError(
-                f"{self.label_paths[0]}: next to no pixel of this and other labels is of a known class; are they colours,"
-                f" trainIds, 16 bits flattened to 8, or no {self.kind} labels?"
-            )
-        # Of trainIds taken for ids, road to sky vanish, and sign, vegetation to car turn into what
-        # has ids up to 18.
+            hint = f"are they colours, trainIds, or no {self.kind} labels?"
+            raise UserError(f"{first}: next to no pixel, here and in others, is of a class; {hint}")
+        # Of trainIds taken for ids, road to sky vanish, sign to car become what has ids up to 18.
         highest = max(label[label != IGNORE].max(initial=0) for label in labels)
         expects_ids = LAYOUTS[self.kind][0].ids is CITYSCAPES_IDS
         if expects_ids and np.mean(known) < 0.7 and highest < CLASSES.index("traffic light"):
-            raise UserError(f"{self.label_paths[0]}: no id above 18 here and in others, are they trainIds? Bring label ids")
+            raise UserError(f"{first}: no id above 18, here and in others; bring ids, not trainIds")
 
 
 def validation_set(kind: str, root, num_classes: int, size, split: str = "val"):
-    """The labelled images of a split for `evaluate`, labels at native size; None where the dataset
-    has none."""
+    """The labelled images of a split for `evaluate`; None where the dataset has none."""
     if not has_labels(kind, root, split):
         return None
     classes = folder_classes(root, num_classes) if kind == "folder" else None
-    return Labelled(list_pairs(kind, root, split), kind, num_classes, size, native_labels=True, classes=classes)
-
-
-def spread(length: int, count: int) -> list:
-    """At most `count` indices, spread evenly over range(length)."""
-    return sorted({round(i * (length - 1) / max(count - 1, 1)) for i in range(count)})
+    pairs = list_pairs(kind, root, split)
+    return Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
 
 
 # ====================================================================== sampling
@@ -1111,13 +1079,16 @@ class EndlessSampler(Sampler):
 
 
 class Batches:
-    """This rank's batches of the iterations start..stop-1: next() gives images (B,3,H,W) uint8 and
-    labels (B,H,W) int64, None of an unlabelled set, on the device. `names` are those of the last
-    batch, `seconds` the time waited in all."""
+    """This rank's batches of the iterations start..stop-1, on the device.
 
-    def __init__(self, dataset: Images, seed: int, batch: int, start: int, stop: int, workers: int, device):
+    next() gives images (B,3,H,W) uint8 and labels (B,H,W) int64, or None for an unlabelled set.
+    `names` are those of the last batch, `seconds` the time waited in all.
+    """
+
+    def __init__(self, dataset: Images, seed, batch: int, start: int, stop: int, workers, device):
         sampler = EndlessSampler(len(dataset), seed, start, stop, batch)
-        self.batches = iter(make_loader(dataset, workers, device, batch_size=batch, sampler=sampler))
+        loader = make_loader(dataset, workers, device, batch_size=batch, sampler=sampler)
+        self.batches = iter(loader)
         self.device = device
         self.seconds = 0.0
 
@@ -1133,21 +1104,20 @@ class Batches:
 
 
 def one_by_one(dataset: Dataset, workers: int, device) -> DataLoader:
-    """This rank's share of the items of a dataset (every world-th), in order, without a batch
-    dimension."""
-    return make_loader(dataset, workers, device, batch_size=None, sampler=range(rank(), len(dataset), world()))
+    """This rank's share of a dataset's items (every world-th), in order, not batched."""
+    share = range(rank(), len(dataset), world())
+    return make_loader(dataset, workers, device, batch_size=None, sampler=share)
 
 
 def make_loader(dataset, workers: int, device, **options) -> DataLoader:
     if workers:
         options["prefetch_factor"] = 4
-    pin = device.type == "cuda"
-    return DataLoader(dataset, num_workers=workers, pin_memory=pin, worker_init_fn=ignore_signals, **options)
+    options["worker_init_fn"] = ignore_signals
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
 
 
 def ignore_signals(worker: int):
-    """A reading process leaves when the training process does; signals to all of a job are that
-    one's business."""
+    """A reader leaves when the training process does; signals to a job are that one's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -1156,28 +1126,31 @@ def ignore_signals(worker: int):
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """(C,C) int64 counts of pixels, rows = label, columns = prediction. Both inputs are integer
-    tensors of one shape, predictions in 0..C-1; pixels whose label is not in 0..C-1 (255,
-    ignore) are left out."""
-    # row C: ignore
-    rows = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes).int()
+    """(C,C) int64 counts of pixels, rows = label, columns = prediction.
+
+    Both inputs are integer tensors of one shape, predictions in 0..C-1; pixels whose label is not
+    in 0..C-1 (255, ignore) are left out.
+    """
+    known = (labels >= 0) & (labels < num_classes)
+    rows = torch.where(known, labels, num_classes).int()  # row C: ignore
     pairs = (rows * num_classes + predictions.int()).flatten()
     counts = torch.bincount(pairs, minlength=(num_classes + 1) * num_classes)
     return counts[: num_classes**2].view(num_classes, num_classes)
 
 
 def iou(confusion: Tensor) -> Tensor:
-    """(C,) float64 intersection over union in 0..1 from a (C,C) confusion matrix: diag / (row +
-    column - diag). A class without a pixel in labels and predictions is NaN, which the means
-    leave out."""
+    """(C,) float64 intersection over union in 0..1 of a (C,C) confusion matrix: diag / (row +
+    column - diag). A class without a pixel in labels and predictions is NaN."""
     confusion = confusion.double()
     hit = confusion.diagonal()
     return hit / (confusion.sum(0) + confusion.sum(1) - hit)
 
 
 def scores(confusion: Tensor, classes=None) -> dict:
-    """{"miou19", "miou16", "miou13", "iou": {class: value}} in percent; with other than 19 classes
-    "miou<C>" alone. None stands for undefined."""
+    """{"miou19", "miou16", "miou13", "iou": {class: value}} in percent, means without NaN.
+
+    With other than 19 classes "miou<C>" alone. None stands for undefined.
+    """
     num_classes = len(confusion)
     per_class = 100 * iou(confusion)
     subsets = {num_classes: range(num_classes)}
@@ -1187,23 +1160,23 @@ def scores(confusion: Tensor, classes=None) -> dict:
     def value(x):
         return None if x.isnan() else x.item()
 
-    result = {f"miou{count}": value(per_class[list(members)].nanmean()) for count, members in subsets.items()}
+    result = {}
+    for count, members in subsets.items():
+        result[f"miou{count}"] = value(per_class[list(members)].nanmean())
     names = classes or class_names(num_classes)
     result["iou"] = {name: value(x) for name, x in zip(names, per_class)}
     return result
 
 
 def upsample(logits: Tensor, size: tuple) -> Tensor:
-    """(B,C,h,w) to (B,C,H,W) for size (W,H): bilinear, align_corners=True, as everywhere in both
-    methods."""
+    """(B,C,h,w) to (B,C,H,W) for size (W,H): bilinear, align_corners=True, as in both methods."""
     return F.interpolate(logits, size[::-1], mode="bilinear", align_corners=True)
 
 
 def upsampled_argmax(logits: Tensor, size: tuple) -> Tensor:
     """(B,C,h,w) logits to (B,H,W) uint8 predictions at size (W,H).
 
-    Class by class, keeping the larger: the full (B,C,H,W) map never exists, and on the CPU it is
-    faster than argmax.
+    Class by class, keeping the larger: lean, and on the CPU faster than argmax over all planes.
     """
     best = upsample(logits[:, :1], size)[:, 0]  # (B, H, W)
     label = torch.zeros(best.shape, dtype=torch.uint8, device=logits.device)
@@ -1215,7 +1188,7 @@ def upsampled_argmax(logits: Tensor, size: tuple) -> Tensor:
 
 
 def main_logits(networks: list, images: Tensor) -> Tensor:
-    """Mean over the networks of the main head's logits (B,C,h,w), for uint8 RGB images (B,3,H,W)."""
+    """The main head's logits (B,C,h,w), mean over networks, of uint8 RGB images (B,3,H,W)."""
     x = normalize(images)
     return sum(network(x).main for network in networks) / len(networks)
 
@@ -1224,57 +1197,67 @@ def main_logits(networks: list, images: Tensor) -> Tensor:
 def predict(network: DeepLabV2, image, size=None) -> Tensor:
     """(H,W) uint8 trainIds of one image at its own size; (B,H,W) of a batch.
 
-    image: a Pillow image, or a uint8 RGB tensor (3,H,W) or (B,3,H,W). The network sees it at `size`
-    (W,H); by default with its own aspect and the area of network.input_size. The network must be in
-    eval mode.
+    image: a Pillow image, or a uint8 RGB tensor (3,H,W) or (B,3,H,W). The network, in eval mode,
+    sees it at `size` (W,H): by default its own aspect with the area of network.input_size.
     """
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3:
-            raise ValueError(f"predict takes uint8 RGB (3,H,W) or (B,3,H,W), not {image.dtype} {tuple(image.shape)}")
+            shape = f"{image.dtype} {tuple(image.shape)}"
+            raise ValueError(f"predict takes uint8 RGB (3, H, W) or (B, 3, H, W), not {shape}")
         if image.dim() == 4:
             return torch.stack([predict(network, one, size) for one in image])
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     image = image.convert("RGB")
     small = resize(image, size or same_area(image.size, network.input_size), "image")
-    device = next(network.parameters()).device
-    return upsampled_argmax(main_logits([network], to_tensor(small)[None].to(device)), image.size)[0]
+    x = to_tensor(small)[None].to(next(network.parameters()).device)
+    return upsampled_argmax(main_logits([network], x), image.size)[0]
 
 
 def same_area(size: tuple, like: tuple) -> tuple:
-    """The size (W,H) that keeps the aspect of `size` and has the area of `like`; no side below 32."""
+    """The size (W,H) of the aspect of `size` and the area of `like`; no side is below 32."""
     factor = (like[0] * like[1] / (size[0] * size[1])) ** 0.5
     return tuple(max(32, round(side * factor)) for side in size)
 
 
 @torch.inference_mode()
 def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_image=None) -> dict:
-    """`scores` of the averaged logits of the networks over a dataset with native-size labels, with
+    """`scores` of the networks' mean logits over a dataset with native-size labels, with
     "confusion" (C,C) int64, "images" and "seconds".
 
     Eval mode, main head, logits upsampled to the label's size, argmax. The networks stay as they
-    are, their mode included. With several ranks each takes every world-th image, and all get the
-    result. on_image(name, logits (1,C,h,w), prediction (H,W) uint8), if given, sees every image.
+    are, their mode included. Ranks share the images, and all get the result. Networks of SYNTHIA's
+    16 classes are scored on 19-class labels, over their 16. on_image(name, logits (1,C,h,w),
+    prediction (H,W) uint8), if given, sees every image.
     """
     begin = time.perf_counter()
     networks = [inference_copy(network) for network in networks]
-    C = networks[0].num_classes
+    C = dataset.num_classes
+    has_16 = networks[0].num_classes == 16 and C == 19
+    to_19 = torch.tensor(SUBSET_16, dtype=torch.uint8, device=device)
     confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
     with full_precision():
         for item in one_by_one(dataset, workers, device):
-            # (1, C, h, w)
-            logits = main_logits(networks, item["image"][None].to(device, non_blocking=True))
+            image = item["image"][None].to(device, non_blocking=True)
             label = item["label"].to(device, non_blocking=True)
+            logits = main_logits(networks, image)  # (1, C, h, w)
             prediction = upsampled_argmax(logits, label.shape[::-1])[0]
+            if has_16:
+                prediction = to_19[prediction.long()]
             confusion += confusion_matrix(label, prediction, C)
             if on_image:
                 on_image(item["name"], logits, prediction)
     confusion = over_ranks(confusion).cpu()
     result = scores(confusion, dataset.classes)
-    return {**result, "confusion": confusion, "images": len(dataset), "seconds": time.perf_counter() - begin}
+    if has_16:
+        del result["miou19"]
+    result["confusion"] = confusion
+    result["images"] = len(dataset)
+    result["seconds"] = time.perf_counter() - begin
+    return result
 
 
 def score_table(columns: dict) -> str:
-    """A text table, one column per name of {name: scores}: per-class IoU and the means, in percent."""
+    """A text table, a column per name of {name: scores}: per-class IoU and means, in percent."""
     first = next(iter(columns.values()))
     lines = [" " * 16 + "".join(f"{name:>14}" for name in columns)]
     for row in [*first["iou"], *(key for key in first if key.startswith("miou"))]:
@@ -1299,7 +1282,7 @@ def world() -> int:
 
 
 def over_ranks(tensor: Tensor, operation: str = "SUM") -> Tensor:
-    """The tensor, replaced in place by its SUM or MAX over the ranks; as it is without torchrun."""
+    """The tensor, replaced in place by its SUM or MAX over the ranks."""
     if world() > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
@@ -1319,15 +1302,13 @@ def wait_for_ranks():
 
 
 def share_gradients(*modules: nn.Module):
-    """Average gradients and BatchNorm's running statistics over the ranks, so that all go on with
-    the same networks."""
+    """Average gradients and BatchNorm's running statistics over the ranks, in one message."""
     if world() == 1:
         return
     tensors = []
     for module in modules:
-        tensors += [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        tensors += [p.grad for p in module.parameters() if p.grad is not None]
         tensors += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    # one message instead of hundreds
     flat = over_ranks(torch.cat([t.reshape(-1) for t in tensors])) / world()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
@@ -1337,19 +1318,18 @@ def set_up(name) -> torch.device:
     """The device of this process: cpu or cuda as named, or CUDA where there is one. Joins the other
     processes if torchrun started this one; of these, only rank 0 prints."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible to torch; use --device cpu or repair the driver")
+        raise UserError("--device cuda: torch sees no CUDA device; use cpu or repair the driver")
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        # TF32 in convolutions alone; `full_precision` turns it off
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True  # in training; see full_precision
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         visible = torch.cuda.device_count()
         if local >= visible:
-            raise UserError(f"torchrun started process {local + 1} on {visible} GPUs: lower --nproc_per_node")
+            raise UserError(f"torchrun's process {local + 1} has no GPU of {visible}: start fewer")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -1360,7 +1340,7 @@ def set_up(name) -> torch.device:
 
 @contextlib.contextmanager
 def full_precision():
-    """Inside, CUDA's convolutions do without TF32: predictions and rankings are those of float32."""
+    """Inside, CUDA's convolutions do without TF32: predictions are those of float32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -1385,14 +1365,13 @@ class StopSignal:
         signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame):
-        # torchrun repeats a Ctrl-C to its processes
-        if self.number and time.monotonic() - self.since > 3:
-            os._exit(128 + number)
         if not self.number:
             self.number = number
             self.since = time.monotonic()
             # print may be at work
             os.write(2, b"\nstopping after a save; run the same command again to go on\n")
+        elif time.monotonic() - self.since > 3:  # torchrun repeats a Ctrl-C to its processes
+            os._exit(128 + number)
 
     def agreed(self) -> int:
         """The signal that came, to this or to another rank; 0 for none."""
@@ -1405,25 +1384,25 @@ class StopSignal:
 
 
 def due(it: int, every: int, iters: int) -> bool:
-    """Whether what happens every so many iterations (0: only at the end) happens after `it` of
-    `iters`."""
+    """Whether what happens every so many iterations (0: only at the end) happens after `it`."""
     return it == iters or (it > 0 and every > 0 and it % every == 0)
 
 
 def check_settings(folder, settings: dict):
-    """The content of last.pth in `folder`, None without one; refuses a file of a run with other
-    settings."""
+    """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
     path = Path(folder) / "last.pth"
     if not path.exists():
         return None
+    other = "choose another --out or remove the folder"
     content = read_checkpoint(path)
     found = content.get("settings")
-    if content.get("format") != FORMAT or not isinstance(found, dict) or not isinstance(content.get("iter"), int):
-        raise UserError(f"{path} is no training checkpoint of this version: choose another --out or remove the folder")
-    changed = [name for name in settings if found.get(name) != settings[name]]
-    if changed:
-        names = ", ".join(f"{name} {found.get(name)} there, {settings[name]} here" for name in changed[:3])
-        raise UserError(f"{path} is of a run of other settings ({names}): choose another --out or remove the folder")
+    ours = content.get("format") == FORMAT and isinstance(content.get("iter"), int)
+    if not ours or not isinstance(found, dict):
+        raise UserError(f"{path} is no training checkpoint of this version: {other}")
+    for name, value in settings.items():
+        if found.get(name) != value:
+            difference = f"{name} is {found.get(name)} there and {value} here"
+            raise UserError(f"{path} is of a run of other settings ({difference}): {other}")
     return content
 
 
@@ -1438,38 +1417,42 @@ def resume(folder, settings: dict, state: dict) -> tuple:
             part.load_state_dict(content[name])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{Path(folder) / 'last.pth'} does not fit this run ({reason}): remove the folder") from None
+        path = Path(folder) / "last.pth"
+        raise UserError(f"{path} does not fit this run ({reason}): remove the folder")
     return content["iter"], content
 
 
 def save(path, it: int, settings: dict, state: dict, **more):
     """The one place where a checkpoint is written: state_dicts of `state` {name: network,
     optimizer, ...}, iteration, settings and plain values. Refuses weights that are not finite.
-    No random state is needed: order and augmentation follow from the seed and the iteration."""
+
+    No random state is needed: order and augmentation follow from seed and iteration.
+    """
     for part in state.values():
-        if isinstance(part, nn.Module):
-            floats = [tensor for tensor in part.state_dict().values() if tensor.is_floating_point()]
-            if not torch.stack([tensor.isfinite().all() for tensor in floats]).all():
-                raise UserError(f"a weight is not finite at iteration {it}: lower --lr; {path} was not written")
+        tensors = part.state_dict().values() if isinstance(part, nn.Module) else ()
+        finite = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+        if finite and not torch.stack(finite).all():
+            raise UserError(f"a weight is not finite at iteration {it}: lower --lr; not saved")
     if rank() == 0:
         content = {name: part.state_dict() for name, part in state.items()}
+        content.update(format=FORMAT, iter=it, settings=settings, **more)
         try:
             with atomic_write(path) as file:
-                torch.save({"format": FORMAT, **content, "iter": it, "settings": settings, **more}, file)
+                torch.save(content, file)
         except RuntimeError as error:  # torch's writer turns a full disk into a RuntimeError
-            reason = "the disk may be full" if "enforce fail" in str(error) else str(error).splitlines()[0]
-            raise UserError(f"cannot write {path} ({reason}): free the disk or choose another --out") from None
+            reason = " ".join(str(error).split())[:80]
+            raise UserError(f"cannot write {path} ({reason}): free the disk, or change --out")
     wait_for_ranks()
 
 
 def read_log(path) -> list:
-    """The records of a log.jsonl, each a dict with an "iter". Lines that are none, say one cut by a
-    kill, are left out."""
-    records = []
+    """The records of a log.jsonl, each a dict with "iter"; other lines, say one that a kill cut,
+    are left out."""
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"no log at {path}: check the path") from None
+    except OSError as error:
+        raise UserError(f"no log at {path} ({error.strerror}): check the path")
+    records = []
     for line in lines:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -1479,28 +1462,31 @@ def read_log(path) -> list:
 
 
 class Log:
-    """log.jsonl of a run: a JSON line for every start, every record of losses and every evaluation;
-    and a line each on the terminal. Scores live here and nowhere else."""
+    """log.jsonl of a stage: a JSON line for every start, every record of losses and every
+    evaluation, with a line each on the terminal. Scores live here and nowhere else."""
 
     def __init__(self, folder, stage: str, about: str, start: int, iters: int, settings: dict):
         """Keeps an earlier log's records up to iteration `start`."""
         self.path = Path(folder) / "log.jsonl"
         self.stage = stage
         self.iters = iters
-        self.pending = []  # (iteration, image names, {term: scalar tensor}) since the last record
-        self.since = start
-        self.clock = time.perf_counter()
-        self.waited = 0.0
+        self.pending = []  # (image names, {term: scalar tensor}) of the iterations since a record
+        self.restart_clock(start, 0.0)
         kept = read_log(self.path) if self.path.exists() else []
         self.records = [record for record in kept if record["iter"] <= start]
         if start >= iters and self.scores(iters):
             return print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
-        header = {"iter": start, "event": "start", "stage": stage, "about": about, "settings": settings, **versions()}
-        self.records.append(header)
+        header = {"iter": start, "event": "start", "stage": stage, "iters": iters, "about": about}
+        self.records.append({**header, "settings": settings, **versions()})
         if rank() == 0:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         goes_on = f"; goes on from iteration {start}" if start else ""
         print(f"{stage}: {about}{goes_on}", flush=True)
+
+    def restart_clock(self, it: int, waited: float):
+        self.since = it
+        self.waited = waited
+        self.clock = time.perf_counter()
 
     def write(self, **record):
         self.records.append(record)
@@ -1509,69 +1495,68 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def add(self, names: list, **losses):
-        """Note an iteration's images and loss terms (scalar tensors, None for a term that this run
-        has not)."""
-        losses = {term: value.detach().float() for term, value in losses.items() if value is not None}
+        """Note an iteration's images and loss terms (scalar tensors, or None)."""
+        losses = {term: x.detach().float() for term, x in losses.items() if x is not None}
         self.pending.append((names, losses))
 
     def losses(self, it: int, waited: float, device, **more):
-        """A record of the last iteration's losses, with speed and peak memory since the record
-        before. The only place that waits for the GPU. Refuses NaN and infinity, naming term,
-        iteration and images.
+        """A record of the last iteration's losses, with speed since the record before and peak
+        memory. The only place that waits for the GPU. Refuses losses that are not finite.
 
-        waited: seconds spent waiting for data since the start of the run; more: further values of
-        the record.
+        waited: seconds spent waiting for data in all; more: further values of the record.
         """
         terms = list(self.pending[-1][1])
-        # (its, terms)
-        values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending]).cpu()
+        values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
+        values = values.cpu()  # (iterations, terms)
         for i, t in (~values.isfinite()).nonzero().tolist()[:1]:
             number = it - len(values) + 1 + i
             images = ", ".join(self.pending[i][0])
-            raise UserError(f"{terms[t]} is {values[i, t]:g} at iteration {number} (images {images}): lower --lr")
+            what = f"{terms[t]} is {values[i, t]:g} at iteration {number} (images {images})"
+            raise UserError(f"{what}: lower --lr, or look at these images; nothing is saved")
         last = over_ranks(values[-1].clone()) / world()
-        now = time.perf_counter()
-        rate = (it - self.since) / max(now - self.clock, 1e-9)
         losses = dict(zip(terms, last.tolist()))
-        speed = {"it_per_s": rate, "seconds": now - self.clock, "data_seconds": waited - self.waited}
-        self.write(iter=it, **losses, **more, **speed, peak_memory_mb=peak_memory_mb(device))
-        text = "  ".join(f"{term.removeprefix('loss_')} {value:.3f}" for term, value in losses.items())
-        minutes = (self.iters - it) / rate / 60
-        print(f"{self.stage} {it}/{self.iters}  {text}  {rate:.2f} it/s  {minutes:.1f} min left", flush=True)
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        rate = (it - self.since) / seconds
+        speed = {"it_per_s": rate, "seconds": seconds, "data_seconds": waited - self.waited}
+        memory = peak_memory_mb(device)
+        self.write(iter=it, **losses, **more, **speed, peak_memory_mb=memory)
+        text = "  ".join(f"{term.removeprefix('loss_')} {x:.3f}" for term, x in losses.items())
+        left = f"{rate:.2f} it/s  {(self.iters - it) / max(rate, 1e-9) / 60:.1f} min left"
+        print(f"{self.stage} {it}/{self.iters}  {text}  {left}", flush=True)
         self.pending = []
-        self.since = it
-        self.waited = waited
-        self.clock = time.perf_counter()
+        self.restart_clock(it, waited)
 
     def evaluation(self, it: int, result: dict):
         """Record the result of `evaluate`."""
         record = {name: value for name, value in result.items() if name != "confusion"}
         self.write(iter=it, event="evaluation", **record)
-        mean = next(value for name, value in result.items() if name.startswith("miou"))
-        print(f"{self.stage} {it}/{self.iters}  mIoU {mean or 0:.1f} on {result['images']} validation images", flush=True)
-        self.clock = time.perf_counter()  # an evaluation is no training time
-        self.since = it
-
-    def evaluations(self) -> list:
-        return [record for record in self.records if record.get("event") == "evaluation"]
+        mean = f"mIoU {mean_iou(result):.1f} on {result['images']} validation images"
+        print(f"{self.stage} {it}/{self.iters}  {mean}", flush=True)
+        self.restart_clock(it, self.waited)  # an evaluation is no training time
 
     def scores(self, it: int):
         """The evaluation after iteration `it`, None if there was none."""
         return next((record for record in self.evaluations() if record["iter"] == it), None)
 
+    def evaluations(self) -> list:
+        return [record for record in self.records if record.get("event") == "evaluation"]
+
     def is_best(self, result: dict) -> bool:
-        """Whether a result's mIoU is above all that are recorded: an oracle, as it is chosen on
-        validation labels."""
-        key = next(name for name in result if name.startswith("miou"))
-        return (result[key] or 0) > max((record.get(key) or 0 for record in self.evaluations()), default=-1)
+        """Whether a result is above all recorded ones: an oracle, chosen on validation labels."""
+        return all(mean_iou(result) > mean_iou(record) for record in self.evaluations())
+
+
+def mean_iou(result: dict) -> float:
+    """The first mean of an `evaluate` result or record, 0 where it is undefined."""
+    return next(value or 0.0 for name, value in result.items() if name.startswith("miou"))
 
 
 def versions() -> dict:
     """torch, torchvision and git revision, for the log."""
     revision = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "describe", "--always", "--dirty"]
-        output = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10)
         revision = output.stdout.strip() or None
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "git": revision}
 
@@ -1596,18 +1581,19 @@ def grey(values: Tensor) -> np.ndarray:
 
 
 def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 128):
-    """A PNG of rows of pictures of one size with a title over each column. A picture is an image
-    (H,W,3) uint8 or a label (H,W) uint8 of trainIds, which is coloured."""
+    """A PNG of rows of pictures, all in one size, with a title over each column. A picture is an
+    image (H,W,3) uint8 or a label (H,W) uint8 of trainIds, which is coloured."""
     first = rows[0][0]
     size = (round(height * first.shape[1] / first.shape[0]), height)
     cells = []
     for picture in (picture for row in rows for picture in row):
-        kind = "image" if picture.ndim == 3 else "label"
-        cell = np.asarray(resize(Image.fromarray(picture), size, kind))
-        cells.append(to_tensor(cell if picture.ndim == 3 else colour(cell, num_classes)))
-    # (3, H, W)
-    sheet = torchvision.utils.make_grid(torch.stack(cells), nrow=len(titles), padding=2, pad_value=255)
-    sheet = F.pad(sheet, (0, 0, 20, 0), value=255)  # room for the titles
+        if picture.ndim == 3:
+            cell = np.asarray(resize(Image.fromarray(picture), size, "image"))
+        else:
+            cell = colour(np.asarray(resize(Image.fromarray(picture), size, "label")), num_classes)
+        cells.append(to_tensor(cell))
+    grid = torchvision.utils.make_grid(torch.stack(cells), len(titles), pad_value=255)  # (3, H, W)
+    sheet = F.pad(grid, (0, 0, 20, 0), value=255)  # room for the titles
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     for column, title in enumerate(titles):
         place = (column * (size[0] + 2) + 4, 4)
@@ -1616,37 +1602,37 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
 
 
 @torch.inference_mode()
-def write_panel(path, networks: dict, dataset: Images, indices: list, size: tuple, device, entropy):
+def write_panel(path, networks: dict, dataset: Images, indices, size: tuple, device, entropy):
     """One PNG with a row for each of these images of the dataset: image, ground truth if it has
-    labels, prediction of each of the networks {title: network}, entropy of the last one's (black
-    0, white 1).
+    labels, prediction of each of {title: network}, entropy of the last (black 0, white 1).
 
-    The networks see images at `size` (W,H). entropy: logits (1,C,h,w) to (1,H,W) in 0..1.
+    Networks see images at `size` (W,H). entropy: logits (1,C,h,w) to (1,H,W) in 0..1.
     """
     networks = {title: inference_copy(network) for title, network in networks.items()}
     rows = []
     for index in indices:
         image, label = dataset.open(index)
-        x = to_tensor(resize(image, size, "image"))[None].to(device)
         row = [np.asarray(image)]
+        titles = ["image"]
         if label is not None:
             row.append(np.asarray(label))
+            titles.append("ground truth")
+        x = to_tensor(resize(image, size, "image"))[None].to(device)
         for network in networks.values():
             logits = main_logits([network], x)
             row.append(upsampled_argmax(logits, image.size)[0].cpu().numpy())
         row.append(grey(entropy(upsample(logits, image.size))[0]))
         rows.append(row)
-    titles = ["image", *(["ground truth"] if label is not None else []), *networks, "entropy"]
-    write_grid(path, titles, rows, network.num_classes)
+    write_grid(path, [*titles, *networks, "entropy"], rows, network.num_classes)
 
 
 @torch.inference_mode()
-def easy_and_hard(network: DeepLabV2, dataset: Images, size: tuple, device, entropy, among: int = 24) -> list:
-    """Indices of the two images of lowest and the two of highest mean entropy, of at most `among`
-    spread over the set."""
+def easy_and_hard(network: DeepLabV2, dataset: Images, size: tuple, device, entropy) -> list:
+    """Indices of the two images of lowest and the two of highest mean entropy, of at most 24 that
+    are spread over the set."""
     network = inference_copy(network)
     means = {}
-    for index in spread(len(dataset), among):
+    for index in spread(len(dataset), 24):
         image = resize(dataset.open(index)[0], size, "image")
         logits = main_logits([network], to_tensor(image)[None].to(device))
         means[index] = entropy(logits).mean().item()

@@ -58,8 +58,6 @@ DEMO = {
     "source_size": (256, 128),
     "target_size": (256, 128),
     "batch_size": 2,
-    "warmup_iters": 800,
-    "warmup_lr": 1e-2,
     "max_iters": 400,
     "lr": 3e-3,
     "lr_head_mult": 0.3,
@@ -70,6 +68,7 @@ DEMO = {
 }
 # Flags of these groups make a run what it is; those of the others may change when it goes on.
 IDENTITY = ("data", "schedule", "method", "network")
+RECIPES = ("released", "paper")
 SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720)}
 
 
@@ -136,8 +135,6 @@ def parse() -> tuple:
 
     g = parser.add_argument_group("schedule")
     g.add_argument("--batch-size", type=count, default=1, help="images of each domain (paper)")
-    g.add_argument("--warmup-iters", type=count_or_0, default=0, help="source-only start (ours)")
-    g.add_argument("--warmup-lr", type=real, default=2.5e-4, help="its learning rate (ours)")
     g.add_argument("--max-iters", type=count, default=250_000, help="horizon of poly (released)")
     g.add_argument("--stop-iters", type=count, help="trained; 120000, SYNTHIA 90000 (released)")
     g.add_argument("--lr", type=real, default=2.5e-4, help="SGD learning rate of G (paper)")
@@ -145,6 +142,9 @@ def parse() -> tuple:
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
 
     g = parser.add_argument_group("method")
+    kinds = ("adversarial", "batchnorm", "none")
+    text = "target images: aligned, through BatchNorm alone (the control), or unread"
+    g.add_argument("--alignment", choices=kinds, default="adversarial", help=text)
     g.add_argument("--lambda-seg-main", type=real, default=1.0, help="weight of CE, main head")
     g.add_argument("--lambda-seg-aux", type=real, default=0.1, help="of CE, aux head (released)")
     g.add_argument("--lambda-adv-main", type=real, default=0.001, help="λ_adv, main head (paper)")
@@ -159,8 +159,8 @@ def parse() -> tuple:
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="stem channels, also D's")
     g.add_argument("--bn", choices=("batch", "running"), default="batch", help="statistics in use")
-    g.add_argument("--lr-backbone-mult", type=real, default=3.0, help="factor on the backbone's lr")
-    g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on heads' lr (paper)")
+    g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D1")
+    g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on heads' lr (released)")
 
     g = parser.add_argument_group("run")
     g.add_argument("--stage", choices=("1", "2", "3", "all"), default="all", help="what to run")
@@ -305,7 +305,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
     D.to(device, memory_format=torch.channels_last)
     G.to(device).checkpoint_activations = args.checkpoint_activations
     g_params = [p for p in G.parameters() if p.requires_grad]
-    g_groups = G.parameter_groups(args.lr_backbone_mult, args.lr_head_mult)
+    g_groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
     g_optimizer = torch.optim.SGD(g_groups, lr=lr, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(D.parameters(), lr=args.lr_d, betas=(0.9, 0.99))
     state = {
@@ -372,9 +372,14 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
 
         loss_adv_main = loss_adv_aux = loss_d_main = loss_d_aux = None
         if target:
+            x_t, _ = next(target_batches)
+        if target and args.alignment == "batchnorm":
+            # The control: target images move BatchNorm's running statistics, and nothing else.
+            with torch.no_grad(), autocast:
+                G(common.normalize(x_t))
+        elif target:
             # G on the target: D should take its maps for the source's (AdvEnt eq. 7).
             # L_adv = λ_main BCE(D(I_t), source) + λ_aux BCE(D(I_t), source)
-            x_t, _ = next(target_batches)
             size_t = (x_t.shape[3], x_t.shape[2])
             with autocast:
                 T = G(common.normalize(x_t))
@@ -405,7 +410,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
 
         common.share_gradients(G, D)  # mean over torchrun's processes
         g_optimizer.step()
-        if target:
+        if target and args.alignment == "adversarial":
             d_optimizer.step()
         # =========================== end of the method ===========================
 
@@ -443,12 +448,12 @@ def rank_target(args, checkpoint: Path, images: dict, device) -> list:
     if folder.exists():
         print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
         return read_ranking(args, folder, checkpoint, images)
-    content = common.read_checkpoint(checkpoint)
-    network, report = common.build_network(checkpoint, content)
+    network = common.load(checkpoint)
     C = network.num_classes
     if C != args.num_classes:
         raise UserError(f"{checkpoint} predicts {C} classes: give --num-classes {C}")
-    print(f"stage 2: ranking {len(images)} target images with {checkpoint}, {report}", flush=True)
+    about = f"{len(images)} target images with {checkpoint}, {network.report}"
+    print(f"stage 2: ranking {about}", flush=True)
     G = common.inference_copy(network.to(device))
     partial = args.out / "stage2.partial"
     dataset = common.Images(images, args.target_size)
@@ -541,6 +546,16 @@ def split(args, rows: list) -> tuple:
     return names[:count], names[count:]
 
 
+def report_split(args, rows: list):
+    """Print the split and write it as easy.txt and hard.txt, for people: stage 3 computes it."""
+    easy, hard = split(args, rows)
+    folder = args.out / "stage2"
+    if common.rank() == 0:
+        common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in easy))
+        common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in hard))
+    print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {folder / 'ranking.csv'}")
+
+
 # ====================================================================== main
 
 
@@ -556,99 +571,84 @@ def main():
 
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
         if common.rank() == 0:
-            args.data_root = demo_scenes(args.source)
+            demo_scenes(args.source)  # draws them, the first time
         common.wait_for_ranks()
         args.data_root = demo_scenes(args.source)
+    trains_1 = args.stage in ("1", "all")
+    ranks = args.stage in ("2", "all")
+    trains_3 = args.stage in ("3", "all")
+    aligned = args.alignment != "none"
 
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     images = common.list_images(args.target, target_root, "train")
     target = common.Images(images, args.target_size)
-    target.look()
-    validation = source = initial = None
-    if args.stage != "2":
+    if ranks or aligned:
+        target.look()
+    checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
+    if args.stage == "2" and not checkpoint.exists():
+        raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
+    if trains_1 or trains_3:
+        initial = common.initial_weights(args.init)
+        if args.init not in ("none", "imagenet"):
+            settings["init"] = common.content_digest([args.init])
         options = (args.num_classes, args.target_size)
         validation = common.validation_set(args.target, target_root, *options)
         if validation:
             validation.look()
         else:
             print(f"no labelled val images in {target_root}: training is not evaluated")
-        initial = common.initial_weights(args.init)
-        if args.init not in ("none", "imagenet"):
-            settings["init"] = common.content_digest([args.init])
-    if args.stage in ("1", "all") or (args.stage == "3" and args.warmup_iters):
+    if trains_1:
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
         pairs = common.list_pairs(args.source, source_root)
         options = (args.source, args.num_classes, args.source_size)
         source = common.Labelled(pairs, *options, seed=args.seed)
         source.look()
-    adversarial = args.lambda_adv_main > 0 or args.lambda_adv_aux > 0
+        files = source.files() + (target.files() if aligned else [])
+        settings_1 = {**settings, "images": common.fingerprint(files)}
+        found = common.check_settings(args.out / "stage1", settings_1)
+        unfinished = found is None or found["iter"] < args.stop_iters
+        if args.stage == "all" and unfinished and (args.out / "stage2").exists():
+            raise UserError(f"{args.out / 'stage2'} is there before stage 1 is: remove it")
+    if trains_3:
+        split_flags = {"ratio": args.ratio, "normalize_entropy": args.normalize_entropy}
+        settings_3 = {**settings, **{flag: str(value) for flag, value in split_flags.items()}}
+        common.check_settings(args.out / "stage3", settings_3)
 
     columns = {}
-    stage_settings = {}
-    for stage, data in (("warmup", source), ("stage1", source)):
-        if data:
-            files = data.files() + (target.files() if adversarial else [])
-            stage_settings[stage] = {**settings, "images": common.fingerprint(files)}
-            common.check_settings(args.out / stage, stage_settings[stage])
-    checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
-    if args.stage == "2" and not checkpoint.exists():
-        raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
     schedule = (args.stop_iters, args.max_iters, args.lr, device)
-
-    if args.warmup_iters and args.stage != "2":
-        warmup = (args.warmup_iters, args.warmup_iters, args.warmup_lr, device)
-        inputs = (source, None, validation, initial)
-        columns["warm-up"] = train(args, stage_settings["warmup"], "warmup", *inputs, *warmup)
-        initial = common.read_checkpoint(args.out / "warmup" / "last.pth")
-    if args.stage in ("1", "all"):
-        inputs = (source, target if adversarial else None, validation, initial)
-        columns["stage 1"] = train(args, stage_settings["stage1"], "stage1", *inputs, *schedule)
-    if args.stage in ("2", "all"):
+    if trains_1:
+        inputs = (source, target if aligned else None, validation, initial)
+        columns["stage 1"] = train(args, settings_1, "stage1", *inputs, *schedule)
+    if ranks:
         rows = rank_target(args, checkpoint, images, device)
         report_split(args, rows)
-    if args.stage in ("3", "all"):
+    if trains_3:
         folder = args.ranking or args.out / "stage2"
-        rows = read_ranking(args, folder, None, images)
-        easy, hard = split(args, rows)
+        easy, hard = split(args, read_ranking(args, folder, None, images))
         pairs = {name: (images[name], folder / "labels" / f"{name}.png") for name in easy}
         options = ("folder", args.num_classes, args.target_size)
         easy = common.Labelled(pairs, *options, pseudo=True, seed=args.seed)
         hard = common.Images({name: images[name] for name in hard}, args.target_size)
-        identity = {
-            **settings,
-            "ratio": str(args.ratio),
-            "normalize_entropy": str(args.normalize_entropy),
-            "ranking": common.content_digest([folder / "ranking.csv", folder / "ranking.json"]),
-        }
-        inputs = (easy, hard if hard and adversarial else None, validation, initial)
-        columns["stage 3"] = train(args, identity, "stage3", *inputs, *schedule)
-    finish(args, columns, validation, device)
+        ranking = [folder / "ranking.csv", folder / "ranking.json"]
+        settings_3["ranking"] = common.content_digest(ranking)
+        # λ = 1 leaves no hard image: that is self-training alone
+        inputs = (easy, hard if hard and aligned else None, validation, initial)
+        columns["stage 3"] = train(args, settings_3, "stage3", *inputs, *schedule)
+    if columns and validation and common.rank() == 0:
+        report(args, columns, validation, device)
 
 
-def report_split(args, rows: list):
-    """Print the split and write it as easy.txt and hard.txt, for people: stage 3 computes it."""
-    easy, hard = split(args, rows)
-    folder = args.out / "stage2"
-    if common.rank() == 0:
-        common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in easy))
-        common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in hard))
-    print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {folder / 'ranking.csv'}")
-
-
-def finish(args, columns: dict, validation, device):
-    """The table of scores and one picture of this run's networks."""
-    if not validation or common.rank() > 0:
-        return
+def report(args, columns: dict, validation, device):
+    """The table of scores, and one picture of this run's networks."""
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(common.score_table(columns))
     networks = {}
     for title in columns:
-        folder = args.out / title.replace(" ", "").replace("-", "")
-        networks[title] = common.load(folder / "last.pth").to(device)
-    last = networks[title]
+        network = common.load(args.out / title.replace(" ", "") / "last.pth")
+        networks[title] = network.to(device)
     options = (args.target_size, device, pixel_entropy)
-    shown = common.easy_and_hard(last, validation, *options)
+    shown = common.easy_and_hard(network, validation, *options)
     common.write_panel(args.out / "panel.png", networks, validation, shown, *options)
     print(f"\npictures: {args.out / 'panel.png'}")
 
