@@ -21,8 +21,8 @@ D4  The poly decay runs within a round and starts again, at half the learning ra
 D5  Static thresholds come from confidence histograms of 65,536 bins, linear in -log(1 - p): they
     tell confidences apart as long as float32 does, also where a network is surer than 0.99998.
     "The image's own top r" is over all its pixels, of any class.
-D6  Labels for the stride-8 map and for the full image agree: a static label is picked by
-    nearest-exact, a dynamic one is enlarged by nearest-exact.
+D6  A position of the stride-8 map stands for the pixel where align_corners puts its logits: labels
+    are picked there and enlarged by the inverse. The release's nearest is 3 to 8 pixels off.
 D7  A loss over no pixel is 0 with zero gradient (no class in common, a crop that is all ignore).
 D8  An image is never scaled below the crop, so nothing is padded: at the paper's sizes the factor
     0.8 becomes 730/850.
@@ -485,10 +485,9 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
     coverage = 100 * common.over_ranks(labelled).item() / len(images)
     common.wait_for_ranks()
     if common.rank() == 0:
-        paths = [partial / "labels" / f"{name}.png" for name in images]
-        about["labels"] = common.content_digest(paths)
         about["thresholds"] = thresholds.tolist()
         about["coverage"] = coverage
+        about["labels"] = labels_digest(partial, images, about["thresholds"])
         common.write_text(partial / "labels.json", json.dumps(about) + "\n")
         with common.writing(folder):
             os.rename(partial, folder)
@@ -496,17 +495,21 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
     return read_static_labels(folder, images, about)
 
 
+def labels_digest(folder: Path, images: dict, thresholds: list) -> str:
+    """Tells the static labels of one round, files and thresholds, from all others."""
+    paths = [folder / "labels" / f"{name}.png" for name in images]
+    return f"{common.content_digest(paths)} {common.digest([str(thresholds).encode()])}"
+
+
 def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
     """labels.json of a round's finished static labels; refuses damaged ones, and those whose
     entries differ from the expected ones {entry: value}."""
     try:
         about = json.loads((folder / "labels.json").read_text())
-        paths = [folder / "labels" / f"{name}.png" for name in images]
-        whole = about["labels"] == common.content_digest(paths)
-        bins = torch.tensor(about["thresholds"])
-        whole = whole and bins.dtype == torch.int64 and "coverage" in about
+        whole = about["labels"] == labels_digest(folder, images, about["thresholds"])
+        float(about["coverage"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged or not whole ({error}): remove the run") from None
+        raise UserError(f"{folder} is damaged or not whole ({error}): choose another --out")
     if not whole:
         raise UserError(f"{folder} changed since this run made it: choose another --out")
     for entry, value in expected.items():
@@ -672,7 +675,6 @@ def train(
     cross_entropy = common.compiled(segmentation_loss, args.compile)
     mean_entropy = common.compiled(entropy_loss, args.compile)
     stop_signal = common.StopSignal()
-    waited = 0.0
 
     for it in range(start, total + 1):
         # ---- once in a while: save, then evaluate; killed in between, it evaluates when it goes on
@@ -704,7 +706,8 @@ def train(
                     expected = {"labels": found.get("labels")}
                     static = read_static_labels(labels_folder, target_images, expected)
                 more["labels"] = static["labels"]
-                if not any(r.get("event") == "labels" and r["iter"] == it for r in log.records):
+                reported = [r["round"] for r in log.records if r.get("event") == "labels"]
+                if round_ not in reported:
                     thresholds = torch.tensor(static["thresholds"], device=device)
                     report_labels(
                         args, log, it, round_, static["coverage"],
@@ -794,11 +797,8 @@ def train(
         optimizer.step()
         # =========================== end of the method ===========================
 
-        names = source_batches.names
-        if not warmup:
-            names = names + target_batches.names
         log.add(
-            names,
+            [source_batches] if warmup else [source_batches, target_batches],
             loss_ce_source=loss_ce_s,
             loss_ce_target=loss_ce_t,
             loss_ent_source=loss_ent_s,
@@ -808,13 +808,15 @@ def train(
             loss=loss,
         )
         if common.due(it + 1, args.log_every, total):
-            log.losses(it + 1, waited, device, lr=lr, round=round_)
+            log.losses(it + 1, device, lr=lr, round=round_)
 
     if not warmup and validation and common.rank() == 0:
-        static = json.loads((folder / f"round{rounds - 1}" / "labels.json").read_text())
+        expected = {"labels": more["labels"]}
+        static = read_static_labels(folder / f"round{rounds - 1}", target_images, expected)
         thresholds = torch.tensor(static["thresholds"], device=device)
         pair_labels = PairLabels(args, G, ema_source, ema_target, thresholds)
         draw_labels(folder / "labels.png", pair_labels, source, validation, C)
+    stop_signal.close()
     return log.scores(total)
 
 

@@ -234,8 +234,6 @@ def colour(labels: np.ndarray, num_classes: int) -> np.ndarray:
 def class_names(num_classes: int) -> tuple:
     if num_classes == 19:
         return CLASSES
-    if num_classes == 16:  # networks trained on SYNTHIA's classes alone
-        return tuple(CLASSES[c] for c in SUBSET_16)
     return tuple(str(c) for c in range(num_classes))
 
 
@@ -408,7 +406,9 @@ def set_mode(network: nn.Module, bn: str):
 
 def inference_copy(network: DeepLabV2) -> DeepLabV2:
     """A copy for prediction: eval mode, BatchNorm folded into the convolutions, no auxiliary head.
-    `network` stays as it is."""
+    `network` stays as it is; one that is such a copy is returned itself."""
+    if isinstance(network.bn1, nn.Identity):
+        return network
     network = copy.deepcopy(network).eval()
     network.layer5 = None
     network.conv1 = fuse_conv_bn_eval(network.conv1, network.bn1)
@@ -440,7 +440,7 @@ WEIGHT_KINDS = {
     "initial weights (Scale.*)": ("layer5.", "layer6."),
     "torchvision ResNet": ("layer5.", "layer6."),
 }
-TWO_BRANCHES = ("AdvEnt / IntraDA checkpoint", "single-level DeepLab")  # AdaptSegNet's layouts, too
+ADAPTSEGNET = ("AdvEnt / IntraDA checkpoint", "single-level DeepLab")  # its files look like these
 
 
 class WeightReport(NamedTuple):
@@ -454,6 +454,8 @@ class WeightReport(NamedTuple):
         for verb, names in (("skipped", self.skipped), ("kept initial", self.initialised)):
             examples = f" ({names[0]}, ...)" if names else ""
             text += f", {verb} {len(names)}{examples}"
+        if self.kind in ADAPTSEGNET:
+            text += " (if this is AdaptSegNet's own file: eval.py --branches 2)"
         return text
 
 
@@ -865,7 +867,7 @@ def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path} claims over {Image.MAX_IMAGE_PIXELS} pixels: replace the file")
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is no {' or '.join(formats)} file, or is cut off: bring it again")
+        raise UserError(f"{path} is no {', '.join(formats)} file, or is cut off: bring it again")
     except PermissionError:
         raise UserError(f"cannot read {path}: change its permissions")
     except DAMAGE as error:
@@ -1082,7 +1084,7 @@ class Batches:
     """This rank's batches of the iterations start..stop-1, on the device.
 
     next() gives images (B,3,H,W) uint8 and labels (B,H,W) int64, or None for an unlabelled set.
-    `names` are those of the last batch, `seconds` the time waited in all.
+    `names` are the images of the last batch, `waited` the seconds that it took to come.
     """
 
     def __init__(self, dataset: Images, seed, batch: int, start: int, stop: int, workers, device):
@@ -1090,12 +1092,11 @@ class Batches:
         loader = make_loader(dataset, workers, device, batch_size=batch, sampler=sampler)
         self.batches = iter(loader)
         self.device = device
-        self.seconds = 0.0
 
     def __next__(self):
         begin = time.perf_counter()
         batch = next(self.batches)
-        self.seconds += time.perf_counter() - begin
+        self.waited = time.perf_counter() - begin
         self.names = batch["name"]
         images = batch["image"].to(self.device, non_blocking=True)
         if "label" not in batch:
@@ -1225,15 +1226,12 @@ def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_ima
     "confusion" (C,C) int64, "images" and "seconds".
 
     Eval mode, main head, logits upsampled to the label's size, argmax. The networks stay as they
-    are, their mode included. Ranks share the images, and all get the result. Networks of SYNTHIA's
-    16 classes are scored on 19-class labels, over their 16. on_image(name, logits (1,C,h,w),
-    prediction (H,W) uint8), if given, sees every image.
+    are, their mode included. Ranks share the images, and all get the result. on_image(name, logits
+    (1,C,h,w), prediction (H,W) uint8), if given, sees every image.
     """
     begin = time.perf_counter()
     networks = [inference_copy(network) for network in networks]
     C = dataset.num_classes
-    has_16 = networks[0].num_classes == 16 and C == 19
-    to_19 = torch.tensor(SUBSET_16, dtype=torch.uint8, device=device)
     confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
     with full_precision():
         for item in one_by_one(dataset, workers, device):
@@ -1241,15 +1239,11 @@ def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_ima
             label = item["label"].to(device, non_blocking=True)
             logits = main_logits(networks, image)  # (1, C, h, w)
             prediction = upsampled_argmax(logits, label.shape[::-1])[0]
-            if has_16:
-                prediction = to_19[prediction.long()]
             confusion += confusion_matrix(label, prediction, C)
             if on_image:
                 on_image(item["name"], logits, prediction)
     confusion = over_ranks(confusion).cpu()
     result = scores(confusion, dataset.classes)
-    if has_16:
-        del result["miou19"]
     result["confusion"] = confusion
     result["images"] = len(dataset)
     result["seconds"] = time.perf_counter() - begin
@@ -1356,13 +1350,12 @@ def compiled(function, wanted: bool):
 
 class StopSignal:
     """SIGTERM and SIGINT set a flag, so that the training loop can save before it leaves. A second
-    one ends at once."""
+    one ends at once. Until `close`, which hands on a signal that came too late for the loop."""
 
     def __init__(self):
         self.number = 0
         self.since = 0.0
-        signal.signal(signal.SIGTERM, self.note)
-        signal.signal(signal.SIGINT, self.note)
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def note(self, number, frame):
         if not self.number:
@@ -1378,6 +1371,12 @@ class StopSignal:
         if world() > 1:
             self.number = int(over_ranks(torch.tensor(self.number), "MAX"))
         return self.number
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.number:
+            signal.raise_signal(self.number)
 
 
 # ====================================================================== resume, save, log
@@ -1454,7 +1453,7 @@ def read_log(path) -> list:
         raise UserError(f"no log at {path} ({error.strerror}): check the path")
     records = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("iter"), int):
                 records.append(record)
@@ -1471,7 +1470,7 @@ class Log:
         self.stage = stage
         self.iters = iters
         self.pending = []  # (image names, {term: scalar tensor}) of the iterations since a record
-        self.restart_clock(start, 0.0)
+        self.restart_clock(start)
         kept = read_log(self.path) if self.path.exists() else []
         self.records = [record for record in kept if record["iter"] <= start]
         if start >= iters and self.scores(iters):
@@ -1483,9 +1482,9 @@ class Log:
         goes_on = f"; goes on from iteration {start}" if start else ""
         print(f"{stage}: {about}{goes_on}", flush=True)
 
-    def restart_clock(self, it: int, waited: float):
+    def restart_clock(self, it: int):
         self.since = it
-        self.waited = waited
+        self.waited = 0.0
         self.clock = time.perf_counter()
 
     def write(self, **record):
@@ -1494,16 +1493,16 @@ class Log:
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def add(self, names: list, **losses):
-        """Note an iteration's images and loss terms (scalar tensors, or None)."""
+    def add(self, batches: list, **losses):
+        """Note an iteration's `Batches` and loss terms (scalar tensors, or None)."""
+        names = [name for source in batches for name in source.names]
         losses = {term: x.detach().float() for term, x in losses.items() if x is not None}
         self.pending.append((names, losses))
+        self.waited += sum(source.waited for source in batches)
 
-    def losses(self, it: int, waited: float, device, **more):
-        """A record of the last iteration's losses, with speed since the record before and peak
-        memory. The only place that waits for the GPU. Refuses losses that are not finite.
-
-        waited: seconds spent waiting for data in all; more: further values of the record.
+    def losses(self, it: int, device, **more):
+        """A record of the last iteration's losses and `more`, with speed since the record before
+        and peak memory. The only place that waits for the GPU. Refuses losses that are not finite.
         """
         terms = list(self.pending[-1][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
@@ -1517,14 +1516,14 @@ class Log:
         losses = dict(zip(terms, last.tolist()))
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         rate = (it - self.since) / seconds
-        speed = {"it_per_s": rate, "seconds": seconds, "data_seconds": waited - self.waited}
+        speed = {"it_per_s": rate, "seconds": seconds, "data_seconds": self.waited}
         memory = peak_memory_mb(device)
         self.write(iter=it, **losses, **more, **speed, peak_memory_mb=memory)
         text = "  ".join(f"{term.removeprefix('loss_')} {x:.3f}" for term, x in losses.items())
         left = f"{rate:.2f} it/s  {(self.iters - it) / max(rate, 1e-9) / 60:.1f} min left"
         print(f"{self.stage} {it}/{self.iters}  {text}  {left}", flush=True)
         self.pending = []
-        self.restart_clock(it, waited)
+        self.restart_clock(it)
 
     def evaluation(self, it: int, result: dict):
         """Record the result of `evaluate`."""
@@ -1532,7 +1531,7 @@ class Log:
         self.write(iter=it, event="evaluation", **record)
         mean = f"mIoU {mean_iou(result):.1f} on {result['images']} validation images"
         print(f"{self.stage} {it}/{self.iters}  {mean}", flush=True)
-        self.restart_clock(it, self.waited)  # an evaluation is no training time
+        self.restart_clock(it)  # an evaluation is no training time
 
     def scores(self, it: int):
         """The evaluation after iteration `it`, None if there was none."""

@@ -378,7 +378,7 @@ def score_images(args):
     result = common.evaluate(networks, dataset, device, args.workers, write_files)
     if networks[0].widened:  # three classes are never predicted
         del result["miou19"]
-        for c in set(range(19)) - set(common.SUBSET_16):
+        for c in common.ABSENT["synthia"]:
             result["iou"][common.CLASSES[c]] = None
     width, height = input_size
     print(f"\nIoU in percent, {args.target} {args.split}, input {width}x{height}:")
@@ -629,7 +629,7 @@ def comparison_text(rows: list) -> str:
     for row in rows:
         tables.setdefault((row["metric"], *row["iou"]), []).append(row)
     for (metric, *classes), members in tables.items():
-        means = [["", "run", "seeds", f"{metric}, last", "best (oracle)"]]
+        means = [["", "run", "seeds", f"mIoU {metric[4:]}, last", "best (oracle)"]]
         per_class = [["last, IoU of"], *([name] for name in classes)]
         for i, row in enumerate(members, 1):
             scores = [as_text(row["last"]), as_text(row["best"])]
@@ -799,7 +799,7 @@ def write_features(args):
         axes.scatter([], [], color=colour, label=names[c])  # the legend's entry
         for d, marker in enumerate("oX"):
             own = (labels == c) & (domain == d)
-            sizes = np.where(is_prototype[own], 150, 8)
+            sizes = np.where(is_prototype[own], 150, 20)
             axes.scatter(*xy[own].T, s=sizes, color=colour, marker=marker, edgecolors="none")
     axes.set_title("t-SNE of encoder features: source o, target x, prototypes large")
     axes.set_xticks([])

@@ -21,8 +21,8 @@ D3  log P comes from log-softmax instead of log(P + 1e-30): exact, and finite fo
 D4  The split has floor(ratio * N) easy images in exact arithmetic; ties are broken by name.
 D5  Stage 2 takes the last checkpoint of stage 1. The released code takes the best on the
     validation labels, which is an oracle: --stage 2 --ckpt OUT/stage1/best.pth does that.
-D6  The demo has no ImageNet weights, so it first trains on source alone (--warmup-iters), and both
-    adversarial stages start from that. On real data this is off.
+D6  Without ImageNet weights at hand, the demo starts from demo/initial.pth, a network trained on
+    drawn source scenes (demo/initial.py).
 D7  With several processes (torchrun) the gradients are averaged. Each process takes the mean over
     its own labelled pixels and normalises by its own batch statistics; --lr is not scaled.
 D8  On CUDA the convolutions run in bfloat16 (--no-amp: TF32); losses, entropies, the ranking and
@@ -349,6 +349,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
                 common.save(folder / "best.pth", it, settings, best, input_size=args.target_size)
             log.evaluation(it, result)
         if it == iters:
+            stop_signal.close()
             return log.scores(it)
 
         # ============================== the method ==============================
@@ -414,13 +415,8 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
             d_optimizer.step()
         # =========================== end of the method ===========================
 
-        names = source_batches.names
-        waited = source_batches.seconds
-        if target:
-            names = names + target_batches.names
-            waited += target_batches.seconds
         log.add(
-            names,
+            [source_batches, target_batches] if target else [source_batches],
             loss_seg_main=loss_seg_main,
             loss_seg_aux=loss_seg_aux,
             loss_adv_main=loss_adv_main,
@@ -429,7 +425,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
             loss_d_aux=loss_d_aux,
         )
         if common.due(it + 1, args.log_every, iters):
-            log.losses(it + 1, waited, device, lr=lr * decay)
+            log.losses(it + 1, device, lr=lr * decay)
 
 
 # ====================================================================== stage 2: ranking
@@ -482,8 +478,7 @@ def rank_target(args, checkpoint: Path, images: dict, device) -> list:
             writer.writerow([name, rows[name]["entropy"], rows[name]["normalized_entropy"]])
         common.write_text(partial / "ranking.csv", table.getvalue())
         about = ranking_identity(args, checkpoint, images)
-        labels = [partial / "labels" / f"{name}.png" for name in order]
-        about["labels"] = common.content_digest(labels)
+        about["content"] = ranking_content(partial, order)
         common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
         shown = [dataset.names.index(name) for name in order[:3] + order[-3:]]
         options = (dataset, shown, args.target_size, device, pixel_entropy)
@@ -504,6 +499,12 @@ def ranking_identity(args, checkpoint: Path, images: dict) -> dict:
     }
 
 
+def ranking_content(folder: Path, names: list) -> str:
+    """A digest of the table and of all labels."""
+    labels = [folder / "labels" / f"{name}.png" for name in names]
+    return common.content_digest([folder / "ranking.csv", *labels])
+
+
 def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
     """The rows {name, entropy, normalized_entropy} of a ranking; refuses one that is damaged, of
     other images, of another input size, or of a checkpoint that has changed since."""
@@ -518,18 +519,19 @@ def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
             row["entropy"] = float(row["entropy"])
             row["normalized_entropy"] = float(row["normalized_entropy"])
         names = [row["name"] for row in rows]
-        labels = common.content_digest(folder / "labels" / f"{name}.png" for name in names)
+        whole = about["content"] == ranking_content(folder, names)
         named_checkpoint = folder.parent / about["checkpoint"]
         digest = about["checkpoint_digest"]
-        found = {"images": about["images"], "size": about["input_size"], "labels": about["labels"]}
+        same_images = about["images"] == common.fingerprint(images.values())
+        input_size = about["input_size"]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"{folder} is damaged or not whole ({error}): {again}") from None
-    if sorted(names) != sorted(images) or found["images"] != common.fingerprint(images.values()):
+        raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
+    if not whole:
+        raise UserError(f"{folder}: table or labels changed since stage 2 made them: {again}")
+    if not same_images or sorted(names) != sorted(images):
         raise UserError(f"{folder} ranks other images than this target's: {again}")
-    if found["size"] != list(args.target_size):
-        raise UserError(f"{folder} was made at another --target-size, {found['size']}: {again}")
-    if found["labels"] != labels:
-        raise UserError(f"{folder / 'labels'} changed since the ranking was made: {again}")
+    if input_size != list(args.target_size):
+        raise UserError(f"{folder} was made at another --target-size, {input_size}: {again}")
     for path in (named_checkpoint, checkpoint):
         if path and path.exists() and common.content_digest([path]) != digest:
             raise UserError(f"{folder} is of another network than {path} is now: {again}")
