@@ -714,7 +714,7 @@ ROOTS = {  # names of a dataset's folder below the data root; lower case is fine
     "darkzurich": ("Dark_Zurich", "DarkZurich"),
     "bdd100k": ("BDD100K",),
 }
-SOURCES = ("gta5", "synthia", "synscapes", "folder")
+SOURCES = ("gta5", "synthia", "synscapes", "cityscapes", "folder")
 TARGETS = ("cityscapes", "acdc", "darkzurich", "bdd100k", "folder")
 
 

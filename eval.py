@@ -59,6 +59,13 @@ JOBS = {
 LABELLED = {"--subset", "--save-dir", "--label-ids", "--panel", "--json", *DATA, *NETWORK}
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all flags)")
@@ -79,8 +86,9 @@ def workers(text: str) -> int:
 
 def parse() -> argparse.Namespace:
     parser = Parser(
+        usage="%(prog)s [flags]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     g = parser.add_argument_group("jobs (none of these: score labelled images)")

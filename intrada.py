@@ -9,26 +9,30 @@ inputs: that symmetry is the method.
     python intrada.py --data-root DIR                    GTA5 -> Cityscapes, ResNet-101
     torchrun --nproc_per_node=4 intrada.py --data-root DIR             four GPUs, batch 4 + 4
     python intrada.py --data-root DIR --stage 2 --ckpt FILE            rank with any checkpoint
-    python intrada.py --stage 1 --lambda-adv-main 0 --lambda-adv-aux 0          source only
+    python intrada.py --stage 1 --alignment none         source only
+    python intrada.py --stage 1 --alignment batchnorm    the control: target through BatchNorm alone
 
 The same command again goes on where the run stopped.
 
-Where this differs from the paper or from the released code:
-D1  Each parameter is listed once in the optimizer. The released list held every backbone
-    convolution three times, so that the backbone moved faster than its learning rate says.
+Where this differs from the paper (P) or from the released code (R):
+D1  R steps a parameter as often as its optimizer lists it: conv1 once, shortcut convolutions four
+    times, the other convolutions three times. Here each is listed once, with that factor on its
+    learning rate (--backbone-lr released) or with 1, as P's text has it (paper).
 D2  Cross-entropy is the mean over labelled pixels and 0, not NaN, for a batch without any.
 D3  log P comes from log-softmax instead of log(P + 1e-30): exact, and finite for any logits.
 D4  The split has floor(ratio * N) easy images in exact arithmetic; ties are broken by name.
-D5  Stage 2 takes the last checkpoint of stage 1. The released code takes the best on the
-    validation labels, which is an oracle: --stage 2 --ckpt OUT/stage1/best.pth does that.
-D6  Without ImageNet weights at hand, the demo starts from demo/initial.pth, a network trained on
-    drawn source scenes (demo/initial.py).
-D7  With several processes (torchrun) the gradients are averaged. Each process takes the mean over
+D5  Stage 2 takes the last checkpoint of stage 1. R takes the best on the validation labels, which
+    is an oracle: --stage 2 --ckpt OUT/stage1/best.pth does that.
+D6  --init imagenet takes torchvision's weights, R the Caffe-style DeepLab_resnet_pretrained_* file.
+    The network strides on the 1x1 convolutions, torchvision's on the 3x3. R's file is read, too.
+D7  Every epoch is a new permutation of the images. R shuffles a list that repeats them.
+D8  With several processes (torchrun) the gradients are averaged. Each process takes the mean over
     its own labelled pixels and normalises by its own batch statistics; --lr is not scaled.
-D8  On CUDA the convolutions run in bfloat16 (--no-amp: TF32); losses, entropies, the ranking and
+D9  On CUDA the convolutions run in bfloat16 (--no-amp: TF32); losses, entropies, the ranking and
     evaluation are float32.
+D10 The demo starts from demo/initial.pth, a network trained on drawn source scenes.
 
-Not supported: other networks, several target domains, Windows.
+Not supported: other networks, several target domains at once, Windows.
 """
 
 import argparse
@@ -51,25 +55,22 @@ from common import IGNORE, UserError
 # ====================================================================== arguments
 
 # What the demo, that is a run without a data root, uses in place of the defaults.
-DEMO = {
-    "init": "none",
-    "layers": (1, 1, 1, 1),
-    "width": 16,
-    "source_size": (256, 128),
-    "target_size": (256, 128),
-    "batch_size": 2,
-    "max_iters": 400,
-    "lr": 3e-3,
-    "lr_head_mult": 0.3,
-    "eval_every": 200,
-    "save_every": 100,
-    "log_every": 20,
-    "workers": 0,
-}
+DEMO = dict(
+    init="none", layers=(1, 1, 1, 1), width=16, source_size=(256, 128), target_size=(256, 128),
+    batch_size=2, max_iters=400, lr=3e-3, lr_head_mult=0.3,
+    eval_every=200, save_every=100, log_every=20, workers=0,
+)  # fmt: skip
 # Flags of these groups make a run what it is; those of the others may change when it goes on.
 IDENTITY = ("data", "schedule", "method", "network")
 RECIPES = ("released", "paper")
 SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720)}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} [%(default)s]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,9 +109,10 @@ def layers(text: str) -> tuple:
 def parse() -> tuple:
     """(args, settings): settings {flag: text} are those that make the run what it is."""
     parser = Parser(
+        usage="%(prog)s [flags]",
         description=__doc__,
         epilog=f"Without a data root the demo runs, whose defaults are {DEMO}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     on_off = argparse.BooleanOptionalAction

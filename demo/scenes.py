@@ -738,7 +738,7 @@ def write_scenes(
 def demo_scenes(source: str) -> Path:
     """The folder of the built-in scenes with this source domain; drawn on first use."""
     root = Path("data/scenes")
-    if source != "gta5":
+    if source in ("synthia", "synscapes"):
         root = Path(f"data/scenes-{source}")
     if not root.exists():
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
