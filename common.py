@@ -636,7 +636,7 @@ def load(path) -> DeepLabV2:
     network.input_size = (1460, 730) if kind == "BCL release" else (1024, 512)
     known = content.get("input_size")
     if isinstance(known, (tuple, list)) and len(known) == 2:
-        if all(isinstance(side, int) and side >= 32 for side in known):
+        if all(isinstance(side, int) and 32 <= side <= 16384 for side in known):
             network.input_size = tuple(known)
     return network.eval()
 
@@ -837,7 +837,7 @@ def folder_classes(root, num_classes: int) -> tuple:
     if not path.is_file():
         return class_names(num_classes)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): give one class name a line, as UTF-8")
     names = dict.fromkeys(line.strip() for line in lines if line.strip())
@@ -875,11 +875,15 @@ def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.
 
 
 def read_image(path) -> Image.Image:
-    """An image file as 8-bit RGB, turned upright by its EXIF orientation."""
-    image = ImageOps.exif_transpose(open_image(path))
+    """An image file as 8-bit RGB, upright."""
+    return upright_rgb(open_image(path), path)
+
+
+def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
+    """8-bit RGB, turned upright by the EXIF orientation; UserError for 16 or more bits of grey."""
     if image.mode.startswith(("I", "F")):  # conversion would clip all of it to white
-        raise UserError(f"{path} has 16 or more bits of grey: bring 8-bit images")
-    return image.convert("RGB")
+        raise UserError(f"{name} has 16 or more bits of grey: bring 8-bit images")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_ids(path) -> np.ndarray:
@@ -1208,7 +1212,7 @@ def predict(network: DeepLabV2, image, size=None) -> Tensor:
         if image.dim() == 4:
             return torch.stack([predict(network, one, size) for one in image])
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    image = image.convert("RGB")
+    image = upright_rgb(image)
     small = resize(image, size or same_area(image.size, network.input_size), "image")
     x = to_tensor(small)[None].to(next(network.parameters()).device)
     return upsampled_argmax(main_logits([network], x), image.size)[0]
