@@ -4,10 +4,10 @@ Lee, Eom, Lee, Park, Ham. Pixels of one domain are pulled towards the class prot
 in both directions. Target labels are hybrid: static pseudo labels, refreshed every round, filled up
 with dynamic ones, which come from source prototypes that the class-wise domain bias calibrates.
 
-    python bcl.py --tau 0.8 --momentum 0.999                         demo: built-in scenes, CPU
-    python bcl.py --tau 0.8 --momentum 0.999 --data-root DIR         GTA5 -> Cityscapes, ResNet-101
-    python bcl.py --data-root DIR --init FILE --warmup-iters 0       from given source-only weights
-    torchrun --nproc_per_node=2 bcl.py --data-root DIR               on two GPUs, batch 4 + 4
+    python bcl.py --tau 0.8 --momentum 0.999             demo: built-in scenes, small network, CPU
+    python bcl.py --data-root DIR --out runs/gta5        GTA5 -> Cityscapes, ResNet-101
+    python bcl.py --data-root DIR --out runs/x --init FILE --warmup-iters 0    source-only weights
+    torchrun --nproc_per_node=2 bcl.py --data-root DIR --out runs/two          batch 4 + 4
     python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0       the control
 
 The same command again goes on where the run stopped.
@@ -68,12 +68,11 @@ from common import IGNORE, UserError
 
 # What the demo, that is a run without a data root, uses in place of the defaults.
 DEMO = dict(
-    init="none", layers=(1, 1, 1, 1), width=16, target_size=(256, 128),
-    short_side=128, crop=128, scales=(1.0, 1.2),
-    warmup_short_side=128, warmup_crop=128, warmup_iters=600, warmup_lr=1e-2,
-    rounds=2, round_iters=150, lr=5e-3, lr_head_mult=0.3,
-    lambda_ent=0.02, lambda_fcl=0.3, lambda_bcl=0.3, target_weight=0.3,
-    eval_every=200, save_every=100, log_every=20, workers=0,
+    init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
+    target_size=(256, 128), short_side=128, crop=128, scales=(1.0, 1.2), warmup_iters=0,
+    warmup_short_side=128, warmup_crop=128, warmup_lr=1e-2, rounds=2, round_iters=400, lr=2e-3,
+    lr_head_mult=0.3, static_ratio=0.5, lambda_ent=0.0, lambda_fcl=0.1, lambda_bcl=0.1,
+    eval_every=400, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
 # Flags of these groups make a run what it is; those of the others may change when it goes on.
 RECIPES = ("released", "paper")

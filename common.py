@@ -13,6 +13,7 @@ import copy
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -92,6 +93,8 @@ def launch(main):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # a normal exit would wait for processes that may wait for this one
+        for reader in multiprocessing.active_children():
+            reader.kill()  # they ignore the signal with which a normal exit would end them
         sys.exit(2)
 
 

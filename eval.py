@@ -546,6 +546,10 @@ def read_run(path: Path) -> dict:
     if not scores or last["iter"] < start["iters"]:
         raise UserError(f"{path} was not evaluated at its end")
     settings = {name: str(value) for name, value in start["settings"].items()}
+    for digest in ("images", "ranking"):  # of what a run was made from: other for every seed
+        settings.pop(digest, None)
+    if re.fullmatch("[0-9a-f]{16}", settings.get("init", "")):
+        settings["init"] = "file"
     return {
         "seed": settings.pop("seed", "?"),
         "stage": str(start.get("stage")),

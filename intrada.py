@@ -6,9 +6,9 @@ easy images (with pseudo labels) and hard ones. Stages 1 and 3 are one function,
 inputs: that symmetry is the method.
 
     python intrada.py                                    demo: built-in scenes, small network, CPU
-    python intrada.py --data-root DIR                    GTA5 -> Cityscapes, ResNet-101
-    torchrun --nproc_per_node=4 intrada.py --data-root DIR             four GPUs, batch 4 + 4
-    python intrada.py --data-root DIR --stage 2 --ckpt FILE            rank with any checkpoint
+    python intrada.py --data-root DIR --out runs/gta5    GTA5 -> Cityscapes, ResNet-101
+    torchrun --nproc_per_node=4 intrada.py --data-root DIR --out runs/four     batch 4 + 4
+    python intrada.py --data-root DIR --out runs/x --stage 2 --ckpt FILE       rank with any file
     python intrada.py --stage 1 --alignment none         source only
     python intrada.py --stage 1 --alignment batchnorm    the control: target through BatchNorm alone
 
@@ -56,8 +56,9 @@ from common import IGNORE, UserError
 
 # What the demo, that is a run without a data root, uses in place of the defaults.
 DEMO = dict(
-    init="none", layers=(1, 1, 1, 1), width=16, source_size=(256, 128), target_size=(256, 128),
-    batch_size=2, max_iters=400, lr=3e-3, lr_head_mult=0.3,
+    init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
+    source_size=(256, 128), target_size=(256, 128), batch_size=2, max_iters=400, lr=3e-3,
+    lr_head_mult=0.3, lr_d=3e-4, lambda_adv_main=2e-2, lambda_adv_aux=4e-3,
     eval_every=200, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
 # Flags of these groups make a run what it is; those of the others may change when it goes on.
@@ -381,7 +382,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
             with torch.no_grad(), autocast:
                 G(common.normalize(x_t))
         elif target:
-            # G on the target: D should take its maps for the source's (AdvEnt eq. 7).
+            # G on the target: D should take its maps for the source's (AdvEnt, 3.2).
             # L_adv = λ_main BCE(D(I_t), source) + λ_aux BCE(D(I_t), source)
             size_t = (x_t.shape[3], x_t.shape[2])
             with autocast:
@@ -396,7 +397,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
             loss_adv = args.lambda_adv_main * loss_adv_main + args.lambda_adv_aux * loss_adv_aux
             loss_adv.backward(inputs=g_params)  # through D, which stays as it is
 
-            # D tells the domains apart, on detached maps (AdvEnt eq. 6), on both heads:
+            # D tells the domains apart, on detached maps (AdvEnt, 3.2), on both heads:
             # L_D = 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target)
             I_s_main = information(common.upsample(S.main.detach(), size_s))
             I_s_aux = information(common.upsample(S.aux.detach(), size_s))

@@ -51,10 +51,10 @@ VARIETY = dict(
 
 # What makes the target look different from the source.
 GAP = dict(
-    palette=0.3,              # 0: source's column of PAINT, 1: target's; BatchNorm can't undo it
-    desaturate=0.25,          # share of grey
-    contrast=0.87,            # gain about mid-grey
-    cast=(1.03, 1.0, 0.88),   # gain of R, G, B
+    palette=1.0,              # 0: source's column of PAINT, 1: target's; BatchNorm can't undo it
+    desaturate=0.0,           # share of grey
+    contrast=1.0,             # gain about mid-grey
+    cast=(1.0, 1.0, 1.0),     # gain of R, G, B
     texture=0.7,              # strength relative to the source
     blur=0.0015,
     noise=0.02,
@@ -65,42 +65,42 @@ GAP = dict(
 HARD = dict(
     share=0.4,                        # of the target images
     kinds=("fog", "night", "rain"),   # each hard image is of one kind
-    fog=0.40,
-    night=0.60,                       # light that is left
-    rain=0.40, streaks=90, reflection=0.4,
+    fog=0.15,
+    night=1.0,                        # light that is left
+    rain=0.3, streaks=90, reflection=0.4,
     # The rest is in every hard image. It is local or directional, so that BatchNorm can't undo it.
     # Plurals are counts, the others strengths.
-    motion=0.008,
-    shadow=0.4, shadows=2,
-    glare=0.6, glares=1,
-    dirt=0.4, dirts=3,
-    drop=0.8, drops=5,
-    noise=0.01,                       # added to that of GAP
+    motion=0.004,
+    shadow=0.5, shadows=4,
+    glare=0.6, glares=2,
+    dirt=0.7, dirts=8,
+    drop=0.8, drops=14,
+    noise=0.0,                        # added to that of GAP
 )
 
 # surface: (source RGB, target RGB)
 PAINT = dict(
-    road=((84, 80, 92), (112, 112, 110)),
-    line=((250, 250, 250), (190, 190, 182)),
-    sidewalk=((196, 160, 150), (140, 139, 136)),
-    tile=((160, 122, 114), (116, 116, 114)),
-    terrain=((150, 190, 60), (124, 122, 84)),
-    sky=((96, 164, 240), (206, 208, 208)),
-    leaf=((52, 132, 40), (78, 94, 62)),
-    trunk=((96, 64, 36), (84, 76, 66)),
-    brick=((188, 100, 72), (144, 130, 122)),
-    mortar=((226, 206, 190), (108, 102, 98)),
-    fence=((150, 100, 50), (92, 94, 96)),
-    metal=((128, 132, 146), (104, 108, 106)),
-    glass=((50, 70, 100), (62, 68, 72)),
-    dark=((22, 22, 26), (40, 40, 40)),
-    skin=((232, 180, 140), (170, 136, 116)),
-    white=((250, 250, 250), (214, 214, 208)),
-    red=((230, 20, 20), (170, 50, 46)),
-    blue=((20, 60, 220), (56, 76, 130)),
-    yellow=((250, 210, 0), (190, 168, 70)),
-    green=((20, 220, 90), (60, 170, 110)),
-    lamp=((255, 246, 214), (255, 246, 214)),
+    road=((84, 80, 92), (92, 80, 86)),
+    line=((250, 250, 250), (250, 250, 250)),
+    sidewalk=((196, 160, 150), (196, 150, 194)),
+    tile=((160, 122, 114), (144, 160, 114)),
+    terrain=((150, 190, 60), (190, 78, 60)),
+    sky=((96, 164, 240), (196, 96, 240)),
+    leaf=((52, 132, 40), (132, 105, 40)),
+    trunk=((96, 64, 36), (58, 96, 36)),
+    brick=((188, 100, 72), (188, 72, 179)),
+    mortar=((226, 206, 190), (204, 226, 190)),
+    fence=((150, 100, 50), (150, 50, 117)),
+    metal=((128, 132, 146), (145, 128, 146)),
+    glass=((50, 70, 100), (50, 100, 72)),
+    dark=((22, 22, 26), (26, 22, 25)),
+    skin=((232, 180, 140), (177, 232, 140)),
+    white=((250, 250, 250), (250, 250, 250)),
+    red=((230, 20, 20), (195, 20, 230)),
+    blue=((20, 60, 220), (213, 20, 220)),
+    yellow=((250, 210, 0), (0, 250, 2)),
+    green=((20, 220, 90), (183, 220, 20)),
+    lamp=((255, 246, 214), (216, 255, 214)),
 )
 
 # ---------------------------------------------------------------- 2 shapes: polygons of (x, y)

@@ -1,0 +1,150 @@
+"""The demo's initial weights, as ImageNet's are the papers': demo/initial.pth.
+
+Trains the demo's small network on drawn source scenes alone, of another seed than the demo's, for
+about ten minutes on two cores. Everybody who types the command gets the same weights, within
+rounding. They are stored in half precision.
+
+    python demo/initial.py                        writes demo/initial.pth
+    python demo/initial.py OUT --threads 1        elsewhere, on one core
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+if __name__ == "__main__":  # as a script, Python looks for common.py in demo/ and not above it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+from demo.scenes import draw_scene
+
+SEED = 1000  # the scenes are the GTA5 tree of `demo/scenes.py --seed 1000`
+SIZE = (256, 128)  # (W, H)
+SCENES = 3000
+ITERATIONS = 6000
+BATCH = 4
+LEARNING_RATE = 0.01
+RAMP = 100  # iterations in which the learning rate rises: the first gradients are large
+
+
+def learning_rate_factor(name):
+    """As the released code of both methods: 1 for conv1, 4 for shortcuts, 3 for other convolutions.
+
+    The heads have 1: from random weights the trunk needs the high rate as much as they do.
+    """
+    if name == "conv1.weight" or name.startswith(("layer5.", "layer6.")):
+        return 1.0
+    if "downsample" in name:
+        return 4.0
+    return 3.0
+
+
+def draw_all():
+    """All scenes: images (N,3,H,W) and labels (N,H,W), uint8."""
+    width, height = SIZE
+    images = np.empty((SCENES, 3, height, width), np.uint8)
+    labels = np.empty((SCENES, height, width), np.uint8)
+    for i in range(SCENES):
+        rng = np.random.default_rng((SEED, 0, i))
+        image, labels[i] = draw_scene(rng, SIZE, "source")
+        images[i] = image.transpose(2, 0, 1)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def batch_of(images, labels, iteration):
+    """Batch number `iteration`: every epoch a new order, every image mirrored or not by chance."""
+    epoch, first = divmod(iteration * BATCH, SCENES)
+    order = np.random.default_rng((SEED, 1, epoch)).permutation(SCENES)
+    chosen = order[first : first + BATCH]
+    mirrored = torch.from_numpy(np.random.default_rng((SEED, 2, iteration)).random(BATCH) < 0.5)
+    x = images[chosen]
+    y = labels[chosen].long()
+    x[mirrored] = x[mirrored].flip(3)
+    y[mirrored] = y[mirrored].flip(2)
+    return x, y
+
+
+def cross_entropy(logits, labels):
+    """Logits (B,C,h,w) against labels (B,H,W); a scalar."""
+    full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(full, labels, ignore_index=common.IGNORE)
+
+
+def train(images, labels):
+    torch.manual_seed(SEED)
+    network = common.DeepLabV2(num_classes=19, layers=(1, 1, 1, 1), width=16)
+    network.train()
+    groups = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.append({"params": [parameter], "factor": learning_rate_factor(name)})
+    optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+    start = time.perf_counter()
+    for it in range(ITERATIONS):
+        ramp = min(1, (it + 1) / RAMP)
+        lr = LEARNING_RATE * ramp * (1 - it / ITERATIONS) ** 0.9
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        x, y = batch_of(images, labels, it)
+        prediction = network(common.normalize(x))
+        loss = cross_entropy(prediction.main, y) + 0.1 * cross_entropy(prediction.aux, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (it + 1) % 100 == 0:
+            seconds = time.perf_counter() - start
+            print(f"{it + 1} of {ITERATIONS}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+    return network
+
+
+def score(network):
+    """mIoU in percent on 100 more source scenes, of a seed of their own."""
+    network.eval()
+    confusion = 0
+    for i in range(100):
+        image, label = draw_scene(np.random.default_rng((SEED + 1, 0, i)), SIZE, "source")
+        prediction = common.predict(network, Image.fromarray(image), SIZE)
+        confusion = confusion + common.confusion_matrix(torch.from_numpy(label), prediction, 19)
+    return common.scores(confusion)["miou19"]
+
+
+def save(path, network, minutes):
+    """Weights in half precision, with what they are in the header."""
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        weights[name] = tensor.half() if tensor.is_floating_point() else tensor
+    header = {
+        "format": common.FORMAT,
+        "command": "python demo/initial.py",
+        "trained_on": f"{SCENES} drawn source scenes, seed {SEED}, {ITERATIONS} iterations",
+        "minutes": minutes,
+        "miou_source_scenes": score(network),
+        "input_size": SIZE,
+    }
+    with common.atomic_write(path) as file:
+        torch.save({**header, "model": weights}, file)
+    print(f"wrote {path}: {header}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    beside = Path(__file__).with_name("initial.pth")
+    parser.add_argument("out", nargs="?", type=Path, default=beside, help="file to write")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+    print(f"drawing {SCENES} source scenes ...", flush=True)
+    images, labels = draw_all()
+    network = train(images, labels)
+    save(args.out, network, round((time.perf_counter() - start) / 60, 1))
+
+
+if __name__ == "__main__":
+    main()
