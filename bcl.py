@@ -106,8 +106,8 @@ def number(kind, low, high=math.inf):
 
 def size(text: str) -> tuple:
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 16384 for s in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, at least 32x32, say 1024x512")
+    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 4096 for s in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, sides of 32 to 4096, say 1024x512")
     return int(sides[0]), int(sides[1])
 
 
@@ -137,7 +137,7 @@ def parse() -> tuple:
     count_or_0 = number(int, 0, 10**9)
     real = number(float, 0, 1e6)
     share = number(float, 0, 1)
-    side = number(int, 32, 16384)
+    side = number(int, 32, 4096)
 
     g = parser.add_argument_group("files")
     g.add_argument("--data-root", type=Path, help="folder with GTA5/, Cityscapes/, ...; none: demo")

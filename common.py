@@ -51,14 +51,14 @@ class UserError(Exception):
         super().__init__(" ".join(sentence.splitlines()))
 
 
-def as_sentence(error: Exception) -> str | None:
+def as_sentence(error: Exception):
     """What to tell about an exception that input or machine caused; None for a possible bug."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of mem" in text):
         return "out of GPU memory: lower batch or image size, add --amp or --checkpoint-activations"
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+    if isinstance(error, MemoryError) or "DefaultCPUAlloc" in text or "bad_alloc" in text:
         return "out of memory: lower --workers, the batch size or the image sizes"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a process that reads images died ({text}): lower --workers, or add shared memory"
@@ -93,6 +93,7 @@ def launch(main):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # a normal exit would wait for processes that may wait for this one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that readers died
         for reader in multiprocessing.active_children():
             reader.kill()  # they ignore the signal with which a normal exit would end them
         sys.exit(2)

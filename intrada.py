@@ -95,8 +95,8 @@ def number(kind, low, high=math.inf):
 def size(text: str) -> tuple:
     """WxH. D halves a map five times, so both sides are at least 32."""
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 16384 for s in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, at least 32x32, say 1024x512")
+    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 4096 for s in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, sides of 32 to 4096, say 1024x512")
     return int(sides[0]), int(sides[1])
 
 
