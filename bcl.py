@@ -8,7 +8,9 @@ with dynamic ones, which come from source prototypes that the class-wise domain 
     python bcl.py --data-root DIR --out runs/gta5        GTA5 -> Cityscapes, ResNet-101
     python bcl.py --data-root DIR --out runs/x --init FILE --warmup-iters 0    source-only weights
     torchrun --nproc_per_node=2 bcl.py --data-root DIR --out runs/two          batch 4 + 4
-    python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0       the control
+    python bcl.py --data-root DIR --init runs/gta5/warmup/last.pth --warmup-iters 0 --tau 0.7
+        --out runs/tau07                                 a sweep, without a second warm-up
+    python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0 --out runs/control
 
 The same command again goes on where the run stopped.
 
@@ -43,6 +45,11 @@ D14 --init imagenet takes torchvision's weights; R starts from a Caffe-style fil
 D15 Under torchrun there is one EMA, of the prototypes of all processes; gradients are averaged;
     --lr is not scaled.
 D16 The last checkpoint is the result; best.pth is chosen on validation labels: an oracle.
+D17 --target-weight is 1, as in P's equation. R's configuration weighs the target's CE and entropy
+    by 0.3.
+D18 On CUDA the convolutions run in bfloat16 (--no-amp: TF32); prototypes, losses, static labels and
+    evaluation are float32.
+D19 The demo (DEMO) starts from demo/initial.pth, without the entropy terms and with r = 0.5.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -71,11 +78,11 @@ DEMO = dict(
     init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
     target_size=(256, 128), short_side=128, crop=128, scales=(1.0, 1.2), warmup_iters=0,
     warmup_short_side=128, warmup_crop=128, warmup_lr=1e-2, rounds=2, round_iters=400, lr=2e-3,
-    lr_head_mult=0.3, static_ratio=0.5, lambda_ent=0.0, lambda_fcl=0.1, lambda_bcl=0.1,
+    lr_head_mult=0.3, static_ratio=0.5, lambda_ent=0.0,
     eval_every=400, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
-# Flags of these groups make a run what it is; those of the others may change when it goes on.
 RECIPES = ("released", "paper")
+# Flags of these groups make a run what it is; those of the others may change when it goes on.
 IDENTITY = ("data", "warm-up", "schedule", "method", "network")
 
 
@@ -148,9 +155,10 @@ def parse() -> tuple:
     g = parser.add_argument_group("data")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
-    g.add_argument("--num-classes", type=number(int, 2, 255), default=19, help="C; not 19: folders")
+    classes = number(int, 2, 255)
+    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
     g.add_argument("--target-size", type=size, default="1460x730", help="WxH (released)")
-    g.add_argument("--short-side", type=side, default=850, help="before the crop (released)")
+    g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
     g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
     g.add_argument("--flip", action=on_off, default=True, help="mirror half of the images")
@@ -158,37 +166,38 @@ def parse() -> tuple:
     g = parser.add_argument_group("warm-up")
     g.add_argument("--warmup-iters", type=count_or_0, default=40_000, help="source only (ours)")
     g.add_argument("--warmup-lr", type=real, default=2.5e-4, help="its learning rate (ours)")
-    g.add_argument("--warmup-short-side", type=side, default=720, help="(released)")
-    g.add_argument("--warmup-crop", type=side, default=600, help="(released)")
+    g.add_argument("--warmup-short-side", type=side, default=720, help="before the crop (released)")
+    g.add_argument("--warmup-crop", type=side, default=600, help="side of the crop (released)")
 
     g = parser.add_argument_group("schedule")
-    g.add_argument("--rounds", type=count, default=10, help="new labels, half lr (released)")
-    g.add_argument("--round-iters", type=count, default=10_000, help="of a round (paper)")
+    g.add_argument("--rounds", type=count, default=10, help="each: new y_F, half the lr (released)")
+    g.add_argument("--round-iters", type=count, default=10_000, help="of a round (released)")
     g.add_argument("--lr", type=real, default=7.5e-5, help="SGD, first round (released)")
-    g.add_argument("--batch-size", type=count, default=2, help="pairs of images (paper)")
+    g.add_argument("--batch-size", type=count, default=2, help="pairs of images (released)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
 
     g = parser.add_argument_group("method")
-    g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ; paper: 0.5 to 0.9")
-    g.add_argument("--momentum", type=share, default=0.999, help="λ of the EMA; 0.99 to 0.9999")
+    g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ (ours); paper .5 to .9")
+    g.add_argument("--momentum", type=share, default=0.999, help="λ of the EMA; paper: 0.99-0.9999")
     g.add_argument("--temperature", type=number(float, 1e-3), default=0.1, help="T_c (paper)")
     g.add_argument("--lambda-ce", type=real, default=1.0, help="of both cross-entropies (paper)")
-    g.add_argument("--lambda-ent", type=real, default=0.4, help="of both entropies (paper)")
-    g.add_argument("--lambda-fcl", type=real, default=0.1, help="of FCL; paper: 0.1 to 0.7")
-    g.add_argument("--lambda-bcl", type=real, default=0.1, help="of BCL; paper: 0.1 to 0.7")
-    g.add_argument("--target-weight", type=real, default=1.0, help="of the target's CE and entropy")
-    g.add_argument("--static-ratio", type=share, default=0.1, help="r, top share that is labelled")
+    g.add_argument("--lambda-ent", type=real, default=0.4, help="of both entropies (released)")
+    g.add_argument("--lambda-fcl", type=real, default=0.1, help="(released); paper: 0.1 to 0.7")
+    g.add_argument("--lambda-bcl", type=real, default=0.1, help="(released); paper: 0.1 to 0.7")
+    text = "of the target's CE and entropy (paper; released configuration: 0.3)"
+    g.add_argument("--target-weight", type=real, default=1.0, help=text)
+    g.add_argument("--static-ratio", type=share, default=0.1, help="r, labelled share (released)")
     modes = ("batch", "running")
-    g.add_argument("--label-bn", choices=modes, default="batch", help="for y_F (released)")
+    g.add_argument("--label-bn", choices=modes, default="batch", help="statistics, y_F (released)")
     kinds = ("static", "dynamic", "hybrid")
-    g.add_argument("--labels", choices=kinds, default="hybrid", help="y_T, the target labels")
-    g.add_argument("--calibrate", action=on_off, default=True, help="add the domain bias ξ")
+    g.add_argument("--labels", choices=kinds, default="hybrid", help="y_T, target labels (paper)")
+    g.add_argument("--calibrate", action=on_off, default=True, help="add domain bias ξ (paper)")
 
     g = parser.add_argument_group("network")
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="statistics in use")
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (paper)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (released)")
 
@@ -228,6 +237,8 @@ def check(args):
     if args.source_root and args.target_root:
         if args.source_root.resolve() == args.target_root.resolve():
             raise UserError("--source-root and --target-root are one folder: it has target labels")
+    if args.source == args.target == "cityscapes":
+        raise UserError("--source cityscapes has the target's labels: intrada.py has the ceiling")
     if args.init == "imagenet" and (args.layers != (3, 4, 23, 3) or args.width != 64):
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
     if args.compile and args.checkpoint_activations:
@@ -302,7 +313,7 @@ def batch_mean(pairs: list) -> tuple:
     """What the EMA is fed: [(prototypes (C,D), present (C,))] of a batch's images to their mean
     over the images that hold the class, on all ranks: ((C,D), (C,) bool)."""
     count = common.over_ranks(sum(present.float() for _, present in pairs))  # (C,)
-    total = common.over_ranks(sum(p.detach() * present[:, None] for p, present in pairs))  # (C, D)
+    total = common.over_ranks(sum(p.detach() for p, _ in pairs))  # (C, D); absent ones are zero
     return total / count.clamp(min=1)[:, None], count > 0
 
 
@@ -335,19 +346,14 @@ def hybrid_labels(static: Tensor, dynamic: Tensor) -> Tensor:
     return torch.where(static != IGNORE, static.long(), dynamic.long())
 
 
-def self_information(logits: Tensor) -> Tensor:
-    """-P log P / log C: logits (B,C,H,W) to (B,C,H,W) in [0, 1]. Finite for any logits."""
-    log_p = logits.log_softmax(1)
-    return -log_p.exp() * log_p / math.log(logits.shape[1])
-
-
 def pixel_entropy(logits: Tensor) -> Tensor:
-    """Normalised entropy of every pixel: logits (B,C,H,W) to (B,H,W) in [0, 1]."""
-    return self_information(logits).sum(1)
+    """-Σ_c P log P / log C: logits (B,C,H,W) to (B,H,W) in [0, 1]. Finite for any logits."""
+    log_p = logits.log_softmax(1)  # (B, C, H, W)
+    return (-log_p.exp() * log_p / math.log(logits.shape[1])).sum(1)
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
-    """Mean over pixels of -Σ_c P log P / log C: logits (B,C,H,W) to a scalar in [0, 1]."""
+    """Mean entropy of the pixels: logits (B,C,H,W) to a scalar in [0, 1]."""
     return pixel_entropy(logits).mean()
 
 
@@ -407,7 +413,7 @@ def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
     pixel gets the number of bins, which no pixel reaches, as does every class at ratio 0.
     """
     from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (C, bins): pixels in bin b and above
-    enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # from_top falls: counts b = 0 .. sought
+    enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # true for the bins 0..b: b + 1 of them
     some = (from_top[:, 0] > 0) & (ratio > 0)
     return torch.where(some, enough - 1, histogram.shape[1])
 
@@ -529,10 +535,10 @@ def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
 class PairLabels:
     """The static, dynamic and hybrid labels of a validation image beside a source image."""
 
-    def __init__(self, args, G, ema_source, ema_target, thresholds: Tensor):
+    def __init__(self, args, G, ema_source, ema_target, thresholds: list, device):
         self.args = args
         self.emas = (ema_source, ema_target)
-        self.thresholds = thresholds
+        self.thresholds = torch.tensor(thresholds, device=device)
         self.predictor = label_network(G, args.label_bn)
         self.encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
         common.set_mode(self.encoder, args.bn)
@@ -586,7 +592,7 @@ def label_statistics(pair_labels: PairLabels, source, validation, workers: int, 
     share of right ones among the labelled (per class: among those that got this label).
     """
     C = validation.num_classes
-    # partners are fixed and well mixed
+    # (i, j): source image j, augmented as sample i. A prime step mixes the fixed partners well.
     indices = [(i, i * 7919 % len(source)) for i in range(len(validation))]
     dataset = StackDataset(validation, Subset(source, indices))
     tables = {}
@@ -619,7 +625,7 @@ def label_statistics(pair_labels: PairLabels, source, validation, workers: int, 
 
 
 def augment(short_side: int, scales: tuple, crop: int, flip: bool):
-    """transform(image, label or None, rng): scale, crop at random, mirror; draws depend on rng."""
+    """transform(image, label, rng): scale, crop and mirror at random."""
 
     def transform(image, label, rng):
         short = max(crop, round(short_side * scales[rng.integers(len(scales))]))
@@ -627,14 +633,12 @@ def augment(short_side: int, scales: tuple, crop: int, flip: bool):
         full = tuple(max(crop, round(side * factor)) for side in image.size)
         x = int(rng.integers(full[0] - crop + 1))
         y = int(rng.integers(full[1] - crop + 1))
-        mirror = rng.random() < 0.5 and flip
         box = (x, y, x + crop, y + crop)
         image = common.resize(image, full, "image").crop(box)
-        if label is not None:
-            label = common.resize(label, full, "label").crop(box)
-        if mirror:
+        label = common.resize(label, full, "label").crop(box)
+        if flip and rng.random() < 0.5:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
-            label = label and label.transpose(Image.FLIP_LEFT_RIGHT)
+            label = label.transpose(Image.FLIP_LEFT_RIGHT)
         return image, label
 
     return transform
@@ -646,8 +650,7 @@ def train(
     """`rounds` rounds of `iters` iterations. target_images None: source alone, the warm-up.
 
     source: dataset of labelled images, with its augmentation; target_images {name: path}; initial:
-    content of a weight file, or None. Returns the record of the last evaluation, None without
-    validation images.
+    content of a weight file, or None. Files go to <out>/warmup/ or <out>/.
     """
     warmup = target_images is None
     stage = "warm-up" if warmup else "bcl"
@@ -666,11 +669,15 @@ def train(
     optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
     ema_source = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
     ema_target = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
-    state = {"model": G, "optimizer": optimizer}
-    state.update(ema_source=ema_source, ema_target=ema_target)
+    state = {
+        "model": G,
+        "optimizer": optimizer,
+        "ema_source": ema_source,
+        "ema_target": ema_target,
+    }
 
     start, found = common.resume(folder, settings, state)
-    more = {"input_size": args.target_size, "labels": found.get("labels")}
+    labels = found.get("labels")  # digest of this round's static labels
     targets = "no" if warmup else len(target_images)
     about = f"{len(source)} source images, {targets} target images, {report}"
     log = common.Log(folder, stage, about, start, total, settings)
@@ -687,7 +694,7 @@ def train(
         stop = stop_signal.agreed()
         save_due = common.due(it, args.save_every, total) or common.due(it, args.eval_every, total)
         if it > start and (stop or save_due or step == 0):
-            common.save(last, it, settings, state, **more)
+            common.save(last, it, settings, state, input_size=args.target_size, labels=labels)
         if stop:
             sys.exit(128 + stop)
         if validation and common.due(it, args.eval_every, total) and not log.scores(it):
@@ -708,17 +715,14 @@ def train(
                 if step == 0:
                     static = make_static_labels(args, G, target_images, labels_folder, device)
                 else:
-                    expected = {"labels": found.get("labels")}
+                    expected = {"labels": labels}
                     static = read_static_labels(labels_folder, target_images, expected)
-                more["labels"] = static["labels"]
+                labels = static["labels"]
                 reported = [r["round"] for r in log.records if r.get("event") == "labels"]
                 if round_ not in reported:
-                    thresholds = torch.tensor(static["thresholds"], device=device)
-                    report_labels(
-                        args, log, it, round_, static["coverage"],
-                        PairLabels(args, G, ema_source, ema_target, thresholds),
-                        source, validation, device,
-                    )  # fmt: skip
+                    networks = (G, ema_source, ema_target)
+                    datasets = (source, validation)
+                    report_labels(args, log, it, round_, static, networks, datasets, device)
                 pairs = {
                     name: (path, labels_folder / "labels" / f"{name}.png")
                     for name, path in target_images.items()
@@ -737,10 +741,10 @@ def train(
 
         # source: features f_s (B, D, h, w), logits (B, C, H, W), ground truth y_s
         x_s, y_s_full = next(source_batches)  # (B, 3, H, W), (B, H, W)
-        size = (y_s_full.shape[2], y_s_full.shape[1])
+        crop = (y_s_full.shape[2], y_s_full.shape[1])  # (W, H), of both domains
         with autocast:
             S = G(common.normalize(x_s))
-        logits_s = common.upsample(S.main, size)
+        logits_s = common.upsample(S.main, crop)
         loss_ce_s = cross_entropy(logits_s, y_s_full)
         loss = loss_ce_s
         loss_ce_t = loss_ent_s = loss_ent_t = loss_fcl = loss_bcl = None
@@ -750,20 +754,20 @@ def train(
             x_t, y_f_full = next(target_batches)
             with autocast:
                 T = G(common.normalize(x_t))
-            logits_t = common.upsample(T.main, size)
+            logits_t = common.upsample(T.main, crop)
             f_s = S.features.float()  # (B, D, h, w)
             f_t = T.features.float()
             y_s = pick(y_s_full, *f_s.shape[2:])  # (B, h, w)
             y_f = pick(y_f_full, *f_t.shape[2:])
-            pairs = range(len(x_s))
+            batch = range(len(x_s))
 
             # p_S -> μ_S, for every pair of a source and a target image
-            p_s = [class_prototypes(f_s[b], y_s[b], C) for b in pairs]
+            p_s = [class_prototypes(f_s[b], y_s[b], C) for b in batch]
             ema_source.update(*batch_mean(p_s))
 
             # ξ, p_{S→T} -> y_D
             dynamic = []
-            for b in pairs:
+            for b in batch:
                 p_st, present = p_s[b]
                 if args.calibrate:
                     p_st = calibrate(p_st, present, ema_source, ema_target)
@@ -780,15 +784,15 @@ def train(
                 y_t, y_t_full = hybrid_labels(y_f, y_d), hybrid_labels(y_f_full, y_d_full)
 
             # p_T -> μ_T
-            p_t = [class_prototypes(f_t[b], y_t[b], C) for b in pairs]
+            p_t = [class_prototypes(f_t[b], y_t[b], C) for b in batch]
             ema_target.update(*batch_mean(p_t))
 
-            # L = λ_ce (CE_S + CE_T) + λ_ent (H_S + H_T) + λ_FCL L_FCL + λ_BCL L_BCL
+            # L = λ_ce (CE_S + w CE_T) + λ_ent (H_S + w H_T) + λ_FCL L_FCL + λ_BCL L_BCL; P: w = 1
             loss_ce_t = cross_entropy(logits_t, y_t_full)
             loss_ent_s = mean_entropy(logits_s)
             loss_ent_t = mean_entropy(logits_t)
-            fcl = [contrastive_loss(f_t[b], y_t[b], *p_s[b], args.temperature) for b in pairs]
-            bcl = [contrastive_loss(f_s[b], y_s[b], *p_t[b], args.temperature) for b in pairs]
+            fcl = [contrastive_loss(f_t[b], y_t[b], *p_s[b], args.temperature) for b in batch]
+            bcl = [contrastive_loss(f_s[b], y_s[b], *p_t[b], args.temperature) for b in batch]
             loss_fcl = sum(fcl) / len(fcl)
             loss_bcl = sum(bcl) / len(bcl)
             loss = (
@@ -816,25 +820,29 @@ def train(
             log.losses(it + 1, device, lr=lr, round=round_)
 
     if not warmup and validation and common.rank() == 0:
-        expected = {"labels": more["labels"]}
+        expected = {"labels": labels}
         static = read_static_labels(folder / f"round{rounds - 1}", target_images, expected)
-        thresholds = torch.tensor(static["thresholds"], device=device)
-        pair_labels = PairLabels(args, G, ema_source, ema_target, thresholds)
+        pair_labels = PairLabels(args, G, ema_source, ema_target, static["thresholds"], device)
         draw_labels(folder / "labels.png", pair_labels, source, validation, C)
     stop_signal.close()
-    return log.scores(total)
 
 
-def report_labels(args, log, it, round_, coverage, pair_labels, source, validation, device):
-    """How good the labels of a new round are, on the terminal and in the log."""
+def report_labels(args, log, it, round_, static: dict, networks, datasets, device):
+    """How good the labels of a new round are, on the terminal and in the log.
+
+    static: what is in labels.json; networks: G and both EMAs; datasets: source and validation.
+    """
+    source, validation = datasets
+    coverage = static["coverage"]
     print(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", flush=True)
     statistics = {}
     if validation:
+        pair_labels = PairLabels(args, *networks, static["thresholds"], device)
         statistics = label_statistics(pair_labels, source, validation, args.workers, device)
         for kind, s in statistics.items():
             shares = f"on {s['coverage']:.1f} % of val, {s['accuracy'] or 0:.1f} % right"
             print(f"round {round_}: {kind} labels {shares}", flush=True)
-    thresholds = bin_confidence(pair_labels.thresholds).tolist()
+    thresholds = bin_confidence(torch.tensor(static["thresholds"])).tolist()
     record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds}
     log.write(iter=it, event="labels", **record, **statistics)
 
@@ -853,9 +861,6 @@ def main():
         from demo.scenes import demo_scenes
 
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
-        if common.rank() == 0:
-            args.data_root = demo_scenes(args.source)
-        common.wait_for_ranks()
         args.data_root = demo_scenes(args.source)
 
     # What the run needs is looked at before anything is trained.
@@ -887,26 +892,18 @@ def main():
     if args.warmup_iters:
         common.check_settings(args.out / "warmup", warmup_settings)
 
-    columns = {}
-    networks = {}
+    runs = {}
     if args.warmup_iters:
+        runs["warm-up"] = args.out / "warmup"
         inputs = (source(args.warmup_short_side, args.warmup_crop), None, validation, initial)
         schedule = (1, args.warmup_iters, args.warmup_lr, device)
-        columns["warm-up"] = train(args, warmup_settings, *inputs, *schedule)
-        networks["warm-up"] = args.out / "warmup" / "last.pth"
-        initial = common.read_checkpoint(networks["warm-up"])
+        train(args, warmup_settings, *inputs, *schedule)
+        initial = common.read_checkpoint(args.out / "warmup" / "last.pth")
     schedule = (args.rounds, args.round_iters, args.lr, device)
-    columns["BCL"] = train(args, settings, labelled, images, validation, initial, *schedule)
-    networks["BCL"] = args.out / "last.pth"
-    if not validation or common.rank() > 0:
-        return
-    print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
-    print(common.score_table(columns))
-    networks = {title: common.load(path).to(device) for title, path in networks.items()}
-    options = (args.target_size, device, pixel_entropy)
-    shown = common.easy_and_hard(networks["BCL"], validation, *options)
-    common.write_panel(args.out / "panel.png", networks, validation, shown, *options)
-    print(f"\npictures: {args.out / 'panel.png'}, {args.out / 'labels.png'}")
+    train(args, settings, labelled, images, validation, initial, *schedule)
+    runs["BCL"] = args.out
+    if validation and common.rank() == 0:
+        common.report(args.out, runs, validation, args.target_size, device, pixel_entropy)
 
 
 if __name__ == "__main__":

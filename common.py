@@ -93,7 +93,6 @@ def launch(main):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # a normal exit would wait for processes that may wait for this one
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that readers died
         for reader in multiprocessing.active_children():
             reader.kill()  # they ignore the signal with which a normal exit would end them
         sys.exit(2)
@@ -158,7 +157,7 @@ def lock(out):
         return None
     with writing(out):
         Path(out).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out) / ".lock", "w")
+        file = open(Path(out) / ".lock", "a")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -727,6 +726,8 @@ def dataset_root(kind: str, data_root, own_root=None) -> Path:
     candidates = []
     if own_root:
         candidates.append(Path(own_root))
+    elif not data_root:
+        raise UserError(f"no folder is named for {kind}: give --data-root, or both domains' roots")
     else:
         for name in ROOTS[kind]:
             candidates += [Path(data_root) / name, Path(data_root) / name.lower()]
@@ -1631,6 +1632,21 @@ def write_panel(path, networks: dict, dataset: Images, indices, size: tuple, dev
         row.append(grey(entropy(upsample(logits, image.size))[0]))
         rows.append(row)
     write_grid(path, [*titles, *networks, "entropy"], rows, network.num_classes)
+
+
+def report(out, runs: dict, validation: Labelled, size: tuple, device, entropy):
+    """Print the last scores of runs {title: folder} and draw their predictions, out/panel.png."""
+    columns = {}
+    networks = {}
+    for title, folder in runs.items():
+        records = read_log(Path(folder) / "log.jsonl")
+        columns[title] = [r for r in records if r.get("event") == "evaluation"][-1]
+        networks[title] = load(Path(folder) / "last.pth").to(device)
+    print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
+    print(score_table(columns))
+    shown = easy_and_hard(networks[title], validation, size, device, entropy)
+    write_panel(Path(out) / "panel.png", networks, validation, shown, size, device, entropy)
+    print(f"\npictures: {Path(out) / 'panel.png'}")
 
 
 @torch.inference_mode()

@@ -9,9 +9,13 @@ inputs: that symmetry is the method.
     python intrada.py --data-root DIR --out runs/gta5    GTA5 -> Cityscapes, ResNet-101
     torchrun --nproc_per_node=4 intrada.py --data-root DIR --out runs/four     batch 4 + 4
     python intrada.py --data-root DIR --out runs/x --stage 2 --ckpt FILE       rank with any file
-    python intrada.py --stage 1 --alignment none         source only
-    python intrada.py --stage 1 --alignment batchnorm    the control: target through BatchNorm alone
+    python intrada.py --stage 1 --alignment none --out runs/source             source only
+    python intrada.py --stage 1 --alignment batchnorm --out runs/control       the control
+    python intrada.py --stage 3 --ratio 1 --ranking RUN/stage2 --out runs/self        self-training
+    python intrada.py --stage 3 --init RUN/stage1/last.pth --ranking RUN/stage2 --out runs/align
+        --lambda-seg-main 0 --lambda-seg-aux 0      intra-domain alignment alone, in our reading
 
+The control sends target images through BatchNorm alone. RUN is an earlier run's --out.
 The same command again goes on where the run stopped.
 
 Where this differs from the paper (P) or from the released code (R):
@@ -22,7 +26,7 @@ D2  Cross-entropy is the mean over labelled pixels and 0, not NaN, for a batch w
 D3  log P comes from log-softmax instead of log(P + 1e-30): exact, and finite for any logits.
 D4  The split has floor(ratio * N) easy images in exact arithmetic; ties are broken by name.
 D5  Stage 2 takes the last checkpoint of stage 1. R takes the best on the validation labels, which
-    is an oracle: --stage 2 --ckpt OUT/stage1/best.pth does that.
+    is an oracle: --stage 2 --ckpt OUT/stage1/best.pth --out NEW, then --stage 3 --out NEW.
 D6  --init imagenet takes torchvision's weights, R the Caffe-style DeepLab_resnet_pretrained_* file.
     The network strides on the 1x1 convolutions, torchvision's on the 3x3. R's file is read, too.
 D7  Every epoch is a new permutation of the images. R shuffles a list that repeats them.
@@ -30,7 +34,8 @@ D8  With several processes (torchrun) the gradients are averaged. Each process t
     its own labelled pixels and normalises by its own batch statistics; --lr is not scaled.
 D9  On CUDA the convolutions run in bfloat16 (--no-amp: TF32); losses, entropies, the ranking and
     evaluation are float32.
-D10 The demo starts from demo/initial.pth, a network trained on drawn source scenes.
+D10 The demo (DEMO) starts from demo/initial.pth, a network trained on drawn source scenes, with
+    adversarial weights 20 times P's and three times its rate of D: its schedule is short.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -61,9 +66,10 @@ DEMO = dict(
     lr_head_mult=0.3, lr_d=3e-4, lambda_adv_main=2e-2, lambda_adv_aux=4e-3,
     eval_every=200, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
-# Flags of these groups make a run what it is; those of the others may change when it goes on.
-IDENTITY = ("data", "schedule", "method", "network")
 RECIPES = ("released", "paper")
+# Flags of these groups make a run what it is (for stage 3 those of "ranking", too); the others may
+# change when it goes on.
+IDENTITY = ("data", "schedule", "method", "network")
 SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720)}
 
 
@@ -132,8 +138,10 @@ def parse() -> tuple:
     g = parser.add_argument_group("data")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
-    g.add_argument("--num-classes", type=number(int, 2, 255), default=19, help="C; not 19: folders")
-    g.add_argument("--source-size", type=size, help="WxH; 1280x720, SYNTHIA 1280x760 (released)")
+    classes = number(int, 2, 255)
+    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
+    text = "WxH; GTA5 1280x720, SYNTHIA 1280x760 (released), Synscapes 1440x720; else --target-size"
+    g.add_argument("--source-size", type=size, help=text)
     g.add_argument("--target-size", type=size, default="1024x512", help="WxH (released)")
 
     g = parser.add_argument_group("schedule")
@@ -161,7 +169,7 @@ def parse() -> tuple:
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="stem channels, also D's")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="statistics in use")
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (paper)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D1")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on heads' lr (released)")
 
@@ -184,10 +192,10 @@ def parse() -> tuple:
         parser.set_defaults(**DEMO)
         args = parser.parse_args(namespace=argparse.Namespace(demo=True))
     if args.source_size is None:
-        args.source_size = SOURCE_SIZES.get(args.source, (1280, 720))
+        args.source_size = SOURCE_SIZES.get(args.source, args.target_size)
     if args.stop_iters is None:
         released = 90_000 if args.source == "synthia" else 120_000
-        args.stop_iters = args.max_iters if args.demo else min(args.max_iters, released)
+        args.stop_iters = min(args.max_iters, released)
     check(args)
     settings = {}
     for group in parser._action_groups:
@@ -201,8 +209,8 @@ def check(args):
     """Refuse what concerns more than one flag."""
     if args.stop_iters > args.max_iters:
         raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}")
-    if args.ckpt and args.stage not in ("2", "all"):
-        raise UserError(f"--ckpt is what stage 2 ranks with; stage {args.stage} starts from --init")
+    if args.ckpt and args.stage != "2":
+        raise UserError("--ckpt is the file that stage 2 ranks with: it needs --stage 2")
     if args.ranking and args.stage != "3":
         raise UserError("--ranking is for --stage 3, which trains on another run's ranking")
     if args.normalize_entropy and args.num_classes != 19:
@@ -215,6 +223,8 @@ def check(args):
     if args.source_root and args.target_root:
         if args.source_root.resolve() == args.target_root.resolve():
             raise UserError("--source-root and --target-root are one folder: it has target labels")
+    if args.source == args.target == "cityscapes" and args.alignment != "none":
+        raise UserError("--source cityscapes is this target's ceiling: add --alignment none")
     resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
     if args.init == "imagenet" and not resnet101 and args.stage != "2":
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
@@ -226,10 +236,10 @@ def check(args):
 
 
 def self_information(logits: Tensor) -> Tensor:
-    """Weighted self-information maps I = -P log P / log C (AdvEnt eq. 2).
+    """Weighted self-information maps I = -P log P / log C (AdvEnt, 3.2).
 
-    Logits (B,C,H,W) to (B,C,H,W) in [0, 1]; the sum over C is a pixel's normalised entropy. Finite,
-    with finite gradient, for any logits.
+    Logits (B,C,H,W) to (B,C,H,W) in [0, 1]. The sum over C is a pixel's normalised entropy (AdvEnt
+    eq. 2). Finite, with finite gradient, for any logits.
     """
     log_p = logits.log_softmax(1)  # (B, C, H, W)
     return -log_p.exp() * log_p / math.log(logits.shape[1])
@@ -290,13 +300,13 @@ def easy_count(ratio: float, images: int) -> int:
 # ====================================================================== stages 1 and 3
 
 
-def train(args, settings, stage, source, target, validation, initial, iters, horizon, lr, device):
+def train(args, settings, folder, source, target, validation, initial, device):
     """Train G on labelled `source` while aligning its entropy maps on `target` with the source's.
 
     source, target, validation: datasets; target None trains on source alone. initial: content of a
-    weight file, or None. iters of a poly schedule that ends at `horizon`, from `lr`. Files go to
-    <out>/<stage>/. Returns the record of the last evaluation, None without validation images.
+    weight file, or None. Checkpoints and log go to `folder`.
     """
+    iters = args.stop_iters  # of a poly schedule that would end at --max-iters
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(args.num_classes, args.layers, args.width)
     report = "random initial weights"
@@ -309,7 +319,7 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
     G.to(device).checkpoint_activations = args.checkpoint_activations
     g_params = [p for p in G.parameters() if p.requires_grad]
     g_groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
-    g_optimizer = torch.optim.SGD(g_groups, lr=lr, momentum=0.9, weight_decay=5e-4)
+    g_optimizer = torch.optim.SGD(g_groups, lr=args.lr, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(D.parameters(), lr=args.lr_d, betas=(0.9, 0.99))
     state = {
         "model": G,
@@ -318,12 +328,11 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
         "d_optimizer": d_optimizer,
     }
 
-    folder = args.out / stage
     last = folder / "last.pth"
     start, _ = common.resume(folder, settings, state)
-    hard = f"{len(target)} target images" if target else "no target images"
-    about = f"{len(source)} labelled images, {hard}, {report}"
-    log = common.Log(folder, stage, about, start, iters, settings)
+    targets = f"{len(target)} target images" if target else "no target images"
+    about = f"{len(source)} labelled images, {targets}, {report}"
+    log = common.Log(folder, folder.name, about, start, iters, settings)
     options = (args.batch_size, start, iters, args.workers, device)
     source_batches = common.Batches(source, args.seed, *options)
     if target:
@@ -352,13 +361,12 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
                 common.save(folder / "best.pth", it, settings, best, input_size=args.target_size)
             log.evaluation(it, result)
         if it == iters:
-            stop_signal.close()
-            return log.scores(it)
+            return stop_signal.close()
 
         # ============================== the method ==============================
-        decay = (1 - it / horizon) ** 0.9
+        decay = (1 - it / args.max_iters) ** 0.9
         for group in g_optimizer.param_groups:
-            group["lr"] = lr * decay * group["lr_factor"]
+            group["lr"] = args.lr * decay * group["lr_factor"]
         for group in d_optimizer.param_groups:
             group["lr"] = args.lr_d * decay
         g_optimizer.zero_grad(set_to_none=True)
@@ -406,10 +414,10 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
                 source_aux = D_aux(I_s_aux)
                 target_main = D_main(I_t_main.detach())
                 target_aux = D_aux(I_t_aux.detach())
-            loss_d_main = domain_loss(source_main, SOURCE) + domain_loss(target_main, TARGET)
-            loss_d_aux = domain_loss(source_aux, SOURCE) + domain_loss(target_aux, TARGET)
-            loss_d_main = loss_d_main / 2
-            loss_d_aux = loss_d_aux / 2
+            sum_main = domain_loss(source_main, SOURCE) + domain_loss(target_main, TARGET)
+            sum_aux = domain_loss(source_aux, SOURCE) + domain_loss(target_aux, TARGET)
+            loss_d_main = sum_main / 2
+            loss_d_aux = sum_aux / 2
             (loss_d_main + loss_d_aux).backward()
 
         common.share_gradients(G, D)  # mean over torchrun's processes
@@ -428,31 +436,30 @@ def train(args, settings, stage, source, target, validation, initial, iters, hor
             loss_d_aux=loss_d_aux,
         )
         if common.due(it + 1, args.log_every, iters):
-            log.losses(it + 1, device, lr=lr * decay)
+            log.losses(it + 1, device, lr=args.lr * decay)
 
 
 # ====================================================================== stage 2: ranking
 
 
 @torch.inference_mode()
-def rank_target(args, checkpoint: Path, images: dict, device) -> list:
-    """Predict all target images once and write <out>/stage2/; returns the rows of ranking.csv.
+def rank_target(args, checkpoint: Path, images: dict, device):
+    """Predict all target images once and write <out>/stage2/.
 
     labels/<name>.png: argmax of the main head at --target-size, no threshold, for every image.
     ranking.csv: name, entropy R(X) = mean of I over pixels and classes, normalized_entropy.
     ranking.json: what it is of. gallery.png: the easiest and the hardest images. The folder appears
-    when it is whole; a finished one is read, and refused if it is of something else.
+    when it is whole; a finished one stays.
     """
     folder = args.out / "stage2"
     if folder.exists():
-        print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
-        return read_ranking(args, folder, checkpoint, images)
+        return print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
     network = common.load(checkpoint)
     C = network.num_classes
     if C != args.num_classes:
         raise UserError(f"{checkpoint} predicts {C} classes: give --num-classes {C}")
-    about = f"{len(images)} target images with {checkpoint}, {network.report}"
-    print(f"stage 2: ranking {about}", flush=True)
+    what = f"{len(images)} target images with {checkpoint}, {network.report}"
+    print(f"stage 2: ranking {what}", flush=True)
     G = common.inference_copy(network.to(device))
     partial = args.out / "stage2.partial"
     dataset = common.Images(images, args.target_size)
@@ -480,8 +487,13 @@ def rank_target(args, checkpoint: Path, images: dict, device) -> list:
         for name in order:
             writer.writerow([name, rows[name]["entropy"], rows[name]["normalized_entropy"]])
         common.write_text(partial / "ranking.csv", table.getvalue())
-        about = ranking_identity(args, checkpoint, images)
-        about["content"] = ranking_content(partial, order)
+        about = {
+            "checkpoint": os.path.relpath(checkpoint, args.out),
+            "checkpoint_digest": common.content_digest([checkpoint]),
+            "input_size": list(args.target_size),
+            "images": common.fingerprint(images.values()),
+            "content": ranking_content(partial, order),
+        }
         common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
         shown = [dataset.names.index(name) for name in order[:3] + order[-3:]]
         options = (dataset, shown, args.target_size, device, pixel_entropy)
@@ -489,17 +501,6 @@ def rank_target(args, checkpoint: Path, images: dict, device) -> list:
         with common.writing(folder):
             os.rename(partial, folder)
     common.wait_for_ranks()
-    return read_ranking(args, folder, checkpoint, images)
-
-
-def ranking_identity(args, checkpoint: Path, images: dict) -> dict:
-    """What a ranking is of, in plain values."""
-    return {
-        "checkpoint": os.path.relpath(checkpoint, args.out),
-        "checkpoint_digest": common.content_digest([checkpoint]),
-        "input_size": list(args.target_size),
-        "images": common.fingerprint(images.values()),
-    }
 
 
 def ranking_content(folder: Path, names: list) -> str:
@@ -513,7 +514,7 @@ def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
     other images, of another input size, or of a checkpoint that has changed since."""
     again = f"remove {folder} and run --stage 2 again"
     if not (folder / "ranking.csv").exists():
-        raise UserError(f"no {folder / 'ranking.csv'}: run intrada.py --stage 2 first")
+        raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, or remove an empty {folder}")
     try:
         about = json.loads((folder / "ranking.json").read_text())
         with open(folder / "ranking.csv", newline="") as file:
@@ -546,8 +547,6 @@ def split(args, rows: list) -> tuple:
     key = "normalized_entropy" if args.normalize_entropy else "entropy"
     names = [row["name"] for row in sorted(rows, key=lambda row: (row[key], row["name"]))]
     count = easy_count(args.ratio, len(names))
-    if count == 0:
-        raise UserError(f"--ratio {args.ratio} of {len(names)} images leaves no easy one: raise it")
     return names[:count], names[count:]
 
 
@@ -575,14 +574,13 @@ def main():
         from demo.scenes import demo_scenes
 
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
-        if common.rank() == 0:
-            demo_scenes(args.source)  # draws them, the first time
-        common.wait_for_ranks()
         args.data_root = demo_scenes(args.source)
     trains_1 = args.stage in ("1", "all")
     ranks = args.stage in ("2", "all")
     trains_3 = args.stage in ("3", "all")
     aligned = args.alignment != "none"
+    checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
+    ranking = args.ranking or args.out / "stage2"
 
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
@@ -590,15 +588,17 @@ def main():
     target = common.Images(images, args.target_size)
     if ranks or aligned:
         target.look()
-    checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
+    if (ranks or trains_3) and easy_count(args.ratio, len(images)) == 0:
+        raise UserError(f"--ratio {args.ratio} of {len(images)} images leaves no easy one")
     if args.stage == "2" and not checkpoint.exists():
         raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
     if trains_1 or trains_3:
         initial = common.initial_weights(args.init)
         if args.init not in ("none", "imagenet"):
             settings["init"] = common.content_digest([args.init])
-        options = (args.num_classes, args.target_size)
-        validation = common.validation_set(args.target, target_root, *options)
+        validation = common.validation_set(
+            args.target, target_root, args.num_classes, args.target_size
+        )
         if validation:
             validation.look()
         else:
@@ -606,56 +606,43 @@ def main():
     if trains_1:
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
         pairs = common.list_pairs(args.source, source_root)
-        options = (args.source, args.num_classes, args.source_size)
-        source = common.Labelled(pairs, *options, seed=args.seed)
+        source = common.Labelled(
+            pairs, args.source, args.num_classes, args.source_size, seed=args.seed
+        )
         source.look()
         files = source.files() + (target.files() if aligned else [])
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.check_settings(args.out / "stage1", settings_1)
         unfinished = found is None or found["iter"] < args.stop_iters
-        if args.stage == "all" and unfinished and (args.out / "stage2").exists():
-            raise UserError(f"{args.out / 'stage2'} is there before stage 1 is: remove it")
+        if args.stage == "all" and unfinished and ranking.exists():
+            raise UserError(f"{ranking} is there before stage 1 is: remove it")
     if trains_3:
-        split_flags = {"ratio": args.ratio, "normalize_entropy": args.normalize_entropy}
-        settings_3 = {**settings, **{flag: str(value) for flag, value in split_flags.items()}}
+        settings_3 = {**settings, "ratio": str(args.ratio)}
+        settings_3["normalize_entropy"] = str(args.normalize_entropy)
         common.check_settings(args.out / "stage3", settings_3)
 
-    columns = {}
-    schedule = (args.stop_iters, args.max_iters, args.lr, device)
+    runs = {}
     if trains_1:
-        inputs = (source, target if aligned else None, validation, initial)
-        columns["stage 1"] = train(args, settings_1, "stage1", *inputs, *schedule)
+        runs["stage 1"] = args.out / "stage1"
+        aligned_to = target if aligned else None
+        train(args, settings_1, runs["stage 1"], source, aligned_to, validation, initial, device)
     if ranks:
-        rows = rank_target(args, checkpoint, images, device)
-        report_split(args, rows)
+        rank_target(args, checkpoint, images, device)
+        report_split(args, read_ranking(args, ranking, checkpoint, images))
     if trains_3:
-        folder = args.ranking or args.out / "stage2"
-        easy, hard = split(args, read_ranking(args, folder, None, images))
-        pairs = {name: (images[name], folder / "labels" / f"{name}.png") for name in easy}
-        options = ("folder", args.num_classes, args.target_size)
-        easy = common.Labelled(pairs, *options, pseudo=True, seed=args.seed)
-        hard = common.Images({name: images[name] for name in hard}, args.target_size)
-        ranking = [folder / "ranking.csv", folder / "ranking.json"]
-        settings_3["ranking"] = common.content_digest(ranking)
-        # λ = 1 leaves no hard image: that is self-training alone
-        inputs = (easy, hard if hard and aligned else None, validation, initial)
-        columns["stage 3"] = train(args, settings_3, "stage3", *inputs, *schedule)
-    if columns and validation and common.rank() == 0:
-        report(args, columns, validation, device)
-
-
-def report(args, columns: dict, validation, device):
-    """The table of scores, and one picture of this run's networks."""
-    print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
-    print(common.score_table(columns))
-    networks = {}
-    for title in columns:
-        network = common.load(args.out / title.replace(" ", "") / "last.pth")
-        networks[title] = network.to(device)
-    options = (args.target_size, device, pixel_entropy)
-    shown = common.easy_and_hard(network, validation, *options)
-    common.write_panel(args.out / "panel.png", networks, validation, shown, *options)
-    print(f"\npictures: {args.out / 'panel.png'}")
+        easy, hard = split(args, read_ranking(args, ranking, None, images))
+        pairs = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
+        source = common.Labelled(
+            pairs, "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed
+        )
+        target = common.Images({name: images[name] for name in hard}, args.target_size)
+        files = [ranking / "ranking.csv", ranking / "ranking.json"]
+        settings_3["ranking"] = common.content_digest(files)
+        runs["stage 3"] = args.out / "stage3"
+        aligned_to = target if aligned and hard else None  # λ = 1, no hard image: self-training
+        train(args, settings_3, runs["stage 3"], source, aligned_to, validation, initial, device)
+    if runs and validation and common.rank() == 0:
+        common.report(args.out, runs, validation, args.target_size, device, pixel_entropy)
 
 
 if __name__ == "__main__":

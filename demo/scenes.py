@@ -740,7 +740,7 @@ def demo_scenes(source: str) -> Path:
     root = Path("data/scenes")
     if source in ("synthia", "synscapes"):
         root = Path(f"data/scenes-{source}")
-    if not root.exists():
+    if common.rank() == 0 and not root.exists():
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
         try:
             write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
@@ -748,6 +748,7 @@ def demo_scenes(source: str) -> Path:
             if not root.exists():
                 raise
             # Another process was faster, with the same scenes.
+    common.wait_for_ranks()
     return root
 
 
