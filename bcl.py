@@ -519,7 +519,7 @@ def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
         about = json.loads((folder / "labels.json").read_text())
         whole = about["labels"] == labels_digest(folder, images, about["thresholds"])
         float(about["coverage"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): choose another --out")
     if not whole:
         raise UserError(f"{folder} changed since this run made it: choose another --out")
@@ -718,7 +718,7 @@ def train(
                     expected = {"labels": labels}
                     static = read_static_labels(labels_folder, target_images, expected)
                 labels = static["labels"]
-                reported = [r["round"] for r in log.records if r.get("event") == "labels"]
+                reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
                 if round_ not in reported:
                     networks = (G, ema_source, ema_target)
                     datasets = (source, validation)

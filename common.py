@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -163,7 +164,7 @@ def lock(out):
         except BlockingIOError:
             raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
-            if re.fullmatch(r"\.\d+\.tmp", leftover.name):
+            if re.fullmatch(r"\.\d+\.tmp", leftover.name) and leftover.is_file():
                 leftover.unlink()
     return file
 
@@ -297,6 +298,7 @@ class DeepLabV2(nn.Module):
     """
 
     checkpoint_activations = False  # True: keep blocks' inputs alone, and compute the rest again
+    input_size = (1024, 512)  # (W, H) to which `predict` scales images; `load` sets its own
 
     def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux=True):
         super().__init__()
@@ -481,12 +483,13 @@ def read_checkpoint(path) -> dict:
         with warnings.catch_warnings():  # about formats that are refused below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except PermissionError:
         raise UserError(f"cannot read {path}: change its permissions")
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is damaged, or would run code when it is loaded: {again}")
+        hint = 'save {"state_dict": network.state_dict()} alone, or bring it again'
+        raise UserError(f"{path} is damaged, or holds objects beside its tensors: {hint}")
     except Exception as error:  # a damaged pickle can make torch stumble anywhere
         raise UserError(f"{path} is truncated or no checkpoint ({type(error).__name__}): {again}")
     if not isinstance(content, dict):
@@ -507,10 +510,12 @@ def read_safetensors(path) -> dict:
 
 def plain_state(content: dict, path) -> dict:
     """{name: tensor} of a file: out of its containers, without prefixes, each tensor looked at."""
-    inner = [content]
-    while inner:
-        content = inner[0]
-        inner = [content[key] for key in CONTAINERS if isinstance(content.get(key), dict)]
+    for _ in range(3):  # a container may be in a container
+        found = [key for key in CONTAINERS if isinstance(content.get(key), dict)]
+        if len(found) > 1:
+            raise UserError(f"{path} holds {' and '.join(found)}: save one of them in a file")
+        if found:
+            content = content[found[0]]
     state = {}
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
@@ -525,7 +530,7 @@ def plain_state(content: dict, path) -> dict:
             raise UserError(f"{path}: {name} is no plain dense tensor: save it as float32")
         if value.is_floating_point() and not value.float().isfinite().all():  # float(): for float8
             raise UserError(f"{path}: {name} holds NaN or infinite values: take an earlier file")
-        if name.endswith("running_var") and (value < 0).any():
+        if name.endswith("running_var") and (value.float() < 0).any():
             raise UserError(f"{path}: {name} holds a variance below 0: the file is damaged")
     return state
 
@@ -557,18 +562,20 @@ def parse_weights(content: dict, path="weights") -> tuple:
         kept, skipped = without(state, "Scale.layer5.")
         kept = {name.removeprefix("Scale."): value for name, value in kept.items()}
         return "initial weights (Scale.*)", kept, skipped
-    if "fc.weight" in state and "conv1.weight" in state:
+    stem = state.get("conv1.weight")
+    if "fc.weight" in state and stem is not None and stem.shape[1:] == (3, 7, 7):
         kept, skipped = without(state, "fc.")
-        # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means agree.
+        # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means differ
+        # by less than 1 of 255.
         std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-        kept["conv1.weight"] = (kept["conv1.weight"] / (255 * std)).flip(1)
+        kept["conv1.weight"] = (stem.float() / (255 * std)).flip(1)
         return "torchvision ResNet", kept, skipped
     if any(name.startswith("target_conv1.") for name in state):
         names = [name for name in state if name.startswith("target_")]
-        stem = {name.removeprefix("target_"): state[name] for name in names}
-        kept, skipped = without(state, "target_", "layer6.", *stem)
+        own_stem = {name.removeprefix("target_"): state[name] for name in names}
+        kept, skipped = without(state, "target_", "layer6.", *own_stem)
         skipped = [name for name in skipped if name not in names]
-        return "BCL release", layer5_as_main({**kept, **stem}), skipped
+        return "BCL release", layer5_as_main({**kept, **own_stem}), skipped
     if aux_channels and main_channels == 2 * aux_channels:
         return "AdvEnt / IntraDA checkpoint", state, []
     if main_channels and not aux_channels:
@@ -598,13 +605,12 @@ def load_weights(network: DeepLabV2, content: dict, path="weights") -> WeightRep
         optional = any(name.startswith(prefix) for prefix in WEIGHT_KINDS[kind])
         (initialised if optional else wrong).append(name)
     if wrong:
-        found, wanted = [
-            tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "missing"
-            for tensors in (state, own)
-        ]
+        name = wrong[0]
+        found = tuple(state[name].shape) if name in state else "missing"
+        wanted = tuple(own[name].shape) if name in own else "missing"
         flags = f"--num-classes {network.num_classes}, --width {network.width}"
         flags += f", --layers {','.join(map(str, network.layers))}"
-        where = f"{wrong[0]} is {found} in the file and {wanted} in the network"
+        where = f"{name} is {found} in the file and {wanted} in the network"
         raise UserError(f"{path} ({kind}) does not fit: {where}; check {flags}")
     for name, value in state.items():
         if own[name].is_floating_point() and not value.is_floating_point():
@@ -663,7 +669,8 @@ def initial_weights(init: str):
 
 # ====================================================================== readers
 
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, zlib.error)  # of broken images
+# what Pillow raises about broken images
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
 
 
 class Layout(NamedTuple):
@@ -768,14 +775,12 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
         raise UserError(f"cannot read folder {error.filename}: change its permissions")
 
     found = {}
-    seen = set()
     for folder in folders:
         for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
-            real = os.path.realpath(parent)
-            if real in seen:  # a link that leads back
+            above = [os.path.realpath(folder) for folder in Path(parent).absolute().parents]
+            if os.path.islink(parent) and os.path.realpath(parent) in above:  # it leads back
                 inner.clear()
                 continue
-            seen.add(real)
             for name in names:
                 suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
                 if suffix is None or name.startswith("."):
@@ -888,16 +893,21 @@ def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
     """8-bit RGB, turned upright by the EXIF orientation; UserError for 16 or more bits of grey."""
     if image.mode.startswith(("I", "F")):  # conversion would clip all of it to white
         raise UserError(f"{name} has 16 or more bits of grey: bring 8-bit images")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return upright(image).convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned by the EXIF orientation; without a legible one the image stays as it is."""
+    with contextlib.suppress(*DAMAGE):
+        image = ImageOps.exif_transpose(image)
+    return image
 
 
 def read_ids(path) -> np.ndarray:
     """(H,W) uint8 label ids of a PNG: palette index (never converted), or grey of 1 to 8 bits."""
-    image = open_image(path)
+    image = open_image(path, ("PNG",))  # JPEG would blur ids
     if image.mode not in ("P", "L", "1"):
         raise UserError(f"{path} has mode {image.mode}: bring ids of 8 bits a pixel, not colours")
-    if image.format != "PNG":
-        raise UserError(f"{path} is a {image.format} file, which blurs ids: bring the label as PNG")
     ids = np.asarray(image).astype(np.uint8)
     with open(path, "rb") as file:
         bits = file.read(25)[24]  # in every PNG's first chunk
@@ -1033,7 +1043,7 @@ class Labelled(Images):
         return self.paths + self.label_paths
 
     def look(self):
-        """Also refuses labels with next to no known class, and trainIds in place of label ids."""
+        """Also refuses labels of which almost no pixel has a class, and trainIds instead of ids."""
         labels = [np.asarray(self.open(index)[1]) for index in spread(len(self), 8)]
         if self.pseudo:
             return
@@ -1042,7 +1052,7 @@ class Labelled(Images):
         if max(known) < 0.02:
             hint = f"are they colours, trainIds, or no {self.kind} labels?"
             raise UserError(f"{first}: next to no pixel, here and in others, is of a class; {hint}")
-        # Of trainIds taken for ids, road to sky vanish, sign to car become what has ids up to 18.
+        # Read as ids, trainIds 0 to 18 give no class above pole (id 17), and most pixels none.
         highest = max(label[label != IGNORE].max(initial=0) for label in labels)
         expects_ids = LAYOUTS[self.kind][0].ids is CITYSCAPES_IDS
         if expects_ids and np.mean(known) < 0.7 and highest < CLASSES.index("traffic light"):
@@ -1210,6 +1220,8 @@ def predict(network: DeepLabV2, image, size=None) -> Tensor:
     image: a Pillow image, or a uint8 RGB tensor (3,H,W) or (B,3,H,W). The network, in eval mode,
     sees it at `size` (W,H): by default its own aspect with the area of network.input_size.
     """
+    if network.training:
+        raise ValueError("predict takes a network in eval mode: call network.eval() first")
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3:
             shape = f"{image.dtype} {tuple(image.shape)}"
@@ -1220,7 +1232,8 @@ def predict(network: DeepLabV2, image, size=None) -> Tensor:
     image = upright_rgb(image)
     small = resize(image, size or same_area(image.size, network.input_size), "image")
     x = to_tensor(small)[None].to(next(network.parameters()).device)
-    return upsampled_argmax(main_logits([network], x), image.size)[0]
+    with full_precision():
+        return upsampled_argmax(main_logits([network], x), image.size)[0]
 
 
 def same_area(size: tuple, like: tuple) -> tuple:
@@ -1482,8 +1495,9 @@ class Log:
         self.restart_clock(start)
         kept = read_log(self.path) if self.path.exists() else []
         self.records = [record for record in kept if record["iter"] <= start]
-        if start >= iters and self.scores(iters):
-            return print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
+        if start >= iters and self.records:
+            print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
+            return
         header = {"iter": start, "event": "start", "stage": stage, "iters": iters, "about": about}
         self.records.append({**header, "settings": settings, **versions()})
         if rank() == 0:
@@ -1516,7 +1530,9 @@ class Log:
         terms = list(self.pending[-1][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
         values = values.cpu()  # (iterations, terms)
-        for i, t in (~values.isfinite()).nonzero().tolist()[:1]:
+        bad = (~values.isfinite()).nonzero().tolist()
+        if bad:
+            i, t = bad[0]
             number = it - len(values) + 1 + i
             images = ", ".join(self.pending[i][0])
             what = f"{terms[t]} is {values[i, t]:g} at iteration {number} (images {images})"
@@ -1547,7 +1563,7 @@ class Log:
         return next((record for record in self.evaluations() if record["iter"] == it), None)
 
     def evaluations(self) -> list:
-        return [record for record in self.records if record.get("event") == "evaluation"]
+        return [r for r in self.records if r.get("event") == "evaluation" and "images" in r]
 
     def is_best(self, result: dict) -> bool:
         """Whether a result is above all recorded ones: an oracle, chosen on validation labels."""
@@ -1555,8 +1571,8 @@ class Log:
 
 
 def mean_iou(result: dict) -> float:
-    """The first mean of an `evaluate` result or record, 0 where it is undefined."""
-    return next(value or 0.0 for name, value in result.items() if name.startswith("miou"))
+    """The first mean of a result or record; 0, the lowest, where no class has a pixel."""
+    return next((value or 0.0 for name, value in result.items() if name.startswith("miou")), 0.0)
 
 
 def versions() -> dict:

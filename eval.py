@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -147,6 +147,9 @@ def check(args):
         raise UserError("--features needs both --source-root and --target-root, or --data-root")
     if args.label_ids and args.target == "folder":
         raise UserError("--label-ids are Cityscapes' ids: a plain folder has none, leave it out")
+    dummies = args.split == "test" and args.target == "cityscapes"
+    if dummies and not args.label_ids and not args.images:
+        raise UserError("Cityscapes' test labels are dummies: use --split val, or add --label-ids")
     if args.label_ids and args.split == "test" and (args.json or args.panel):
         raise UserError("--label-ids --split test reads no labels: leave --json and --panel out")
 
@@ -184,6 +187,8 @@ def refuse_outputs(outputs: list, inputs: list, folder: Path = None):
         return path.parent.resolve() / path.name
 
     taken = {place(path) for path in inputs} | {path.resolve() for path in inputs}
+    if len(set(map(place, outputs))) < len(outputs):
+        raise UserError(f"{outputs[-1]} would be written twice: give each output a name of its own")
     for path in outputs:
         if os.path.lexists(path) and not path.is_file():
             raise UserError(f"{path} is no regular file: give another name to write to")
@@ -234,7 +239,9 @@ def load_networks(args) -> tuple:
         network.layer6.conv2d_list = network.layer6.conv2d_list[: args.branches]
         networks.append(network)
     for network in networks:
-        network.widened = network.num_classes == 16 and args.target != "folder"
+        # Published networks of 16 classes have SYNTHIA's; ours of 16 have those of a plain folder.
+        published = network.report.kind != "our checkpoint"
+        network.widened = published and network.num_classes == 16 and args.target != "folder"
         if network.widened:
             widen(network)
         network.to(device)
@@ -271,9 +278,7 @@ def open_labelled(kind: str, root: Path, split: str, num_classes: int, size: tup
         roots = "give --target folder --target-root DIR (and --source, for --features)"
         raise UserError(f"the network predicts {num_classes} classes, {kind} has 19: {roots}")
     pairs = select(common.list_pairs(kind, root, split), subset)
-    classes = common.class_names(num_classes)
-    if kind == "folder":
-        classes = common.folder_classes(root, num_classes)
+    classes = common.folder_classes(root, num_classes) if kind == "folder" else None
     dataset = common.Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
     dataset.look()
     return dataset
@@ -293,6 +298,7 @@ def select(files: dict, subset) -> dict:
             chosen[name] = entry
     if not chosen:
         raise UserError(f"--subset {subset} names none of the {len(files)} images")
+    print(f"--subset {subset}: {len(chosen)} of {len(files)} images")
     return chosen
 
 
@@ -309,7 +315,8 @@ def pixel_entropy(logits: Tensor, size: tuple = None) -> Tensor:
         exp = z.exp()
         total = total + exp
         weighted = weighted + exp * z
-    # -sum P log P with P = exp(z) / total; between two very certain positions total may be 0
+    # -sum P log P with P = exp(z) / total. Midway between positions whose logits differ by over
+    # 140, exp is 0 for every class, and the entropy reads 0.
     total = total.clamp(min=1e-30)
     return (total.log() - weighted / total).clamp(0, math.log(num_classes)) / math.log(num_classes)
 
@@ -350,6 +357,8 @@ def score_images(args):
     networks, paths, input_size, device = load_networks(args)
     num_classes = networks[0].num_classes
     root = dataset_root(args.target, args.target_root, args.data_root, args.source)
+    if args.label_ids and num_classes != 19:
+        raise UserError(f"--label-ids needs Cityscapes' 19 classes, the network has {num_classes}")
     predict_only = args.label_ids and args.split == "test"
     if predict_only:  # the labels of Cityscapes' test images are dummies
         images = select(common.list_images(args.target, root, args.split), args.subset)
@@ -379,9 +388,10 @@ def score_images(args):
             common.write_png(label_id_path(args.label_ids, name), ids)
 
     if predict_only:
-        for error in predict_photos(networks, dataset, device, args.workers, write_files):
-            raise UserError(error)
-        print(f"{len(dataset)} images of {args.target} {args.split}, in {args.label_ids}")
+        errors = predict_photos(networks, dataset, device, args.workers, write_files)
+        count = len(dataset) - len(errors)
+        print(f"{count} images of {args.target} {args.split}, in {args.label_ids}")
+        report_errors(errors)
         return
     result = common.evaluate(networks, dataset, device, args.workers, write_files)
     if networks[0].widened:  # three classes are never predicted
@@ -421,7 +431,7 @@ class Photos(common.Images):
 
     def open(self, index: int) -> tuple:
         path = self.paths[index]
-        photo = ImageOps.exif_transpose(common.open_image(path, FORMATS))
+        photo = common.upright(common.open_image(path, FORMATS))
         if photo.mode == "F":
             raise UserError(f"{path} holds floating point values: bring 8 or 16 bits")
         if photo.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would cut off at 255
@@ -458,6 +468,14 @@ def predict_photos(networks: list, photos: Photos, device, workers: int, on_phot
             prediction = common.upsampled_argmax(logits, (width, height))[0]
             on_photo(item["name"], logits, prediction, item["photo"].numpy())
     return errors
+
+
+def report_errors(errors: list):
+    """Name the images that could not be read; exit status 2 if there are any."""
+    for error in errors[:-1]:
+        print(f"error: {error}", file=sys.stderr)
+    if errors:
+        raise UserError(f"{errors[-1]}; {len(errors)} images were left out")
 
 
 def own_output(path: Path) -> bool:
@@ -509,10 +527,7 @@ def segment_images(args):
     rate = done / (time.perf_counter() - begin)
     print(f"{done} images, {rate:.2f} images/s, in {args.save_dir}:")
     print("NAME_trainids.png, NAME_overlay.png, NAME_entropy.png (black 0, white 1)")
-    for error in errors[:-1]:
-        print(f"error: {error}", file=sys.stderr)
-    if errors:
-        raise UserError(f"{errors[-1]}; {len(errors)} of {len(images)} images were left out")
+    report_errors(errors)
 
 
 # ====================================================================== comparison and curves
@@ -520,7 +535,9 @@ def segment_images(args):
 
 def number_or_none(value):
     """A finite number as float; None for whatever else a log may hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, int) and abs(value) > 1e300 or not math.isfinite(value):
         return None
     return float(value)
 
@@ -546,8 +563,7 @@ def read_run(path: Path) -> dict:
     if not scores or last["iter"] < start["iters"]:
         raise UserError(f"{path} was not evaluated at its end")
     settings = {name: str(value) for name, value in start["settings"].items()}
-    for digest in ("images", "ranking"):  # of what a run was made from: other for every seed
-        settings.pop(digest, None)
+    settings.pop("ranking", None)  # a digest of its stage 1's results: other for every seed
     if re.fullmatch("[0-9a-f]{16}", settings.get("init", "")):
         settings["init"] = "file"
     return {
@@ -585,7 +601,7 @@ def group_runs(paths: list) -> list:
         shared = [run["stage"], run["settings"], run["metric"], list(run["iou"])]
         group = groups.setdefault(json.dumps(shared, sort_keys=True), {})
         if run["seed"] in group:
-            print(f"left out: {group[run['seed']]['path']}, {path} is newer and the same run")
+            print(f"left out: {group[run['seed']]['path']}, {path} has its flags and is newer")
         group[run["seed"]] = {**run, "path": path}
     if not groups:
         raise UserError("--compare: none of these runs ended with an evaluation, train on first")
@@ -743,7 +759,9 @@ def sample_features(network, dataset: common.Labelled, workers: int, seed: int, 
     kept = {}  # class to (draws, features): every position draws a number, the largest stay
     images = Subset(dataset, common.spread(len(dataset), FEATURE_IMAGES))
     for item in common.one_by_one(images, workers, device):
-        f = network(common.normalize(item["image"][None].to(device))).features[0].cpu()  # (D, h, w)
+        x = common.normalize(item["image"][None].to(device))
+        with common.full_precision():
+            f = network(x).features[0].cpu()  # (D, h, w)
         y = pick(item["label"], *f.shape[1:]).flatten()  # (hw,)
         f = f.flatten(1).T  # (hw, D)
         draws = torch.rand(len(y), generator=generator)

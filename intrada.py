@@ -528,7 +528,7 @@ def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
         digest = about["checkpoint_digest"]
         same_images = about["images"] == common.fingerprint(images.values())
         input_size = about["input_size"]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
     if not whole:
         raise UserError(f"{folder}: table or labels changed since stage 2 made them: {again}")
