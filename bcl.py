@@ -874,6 +874,8 @@ def main():
         print(f"no labelled val images in {target_root}: training is not evaluated")
     source_root = common.dataset_root(args.source, args.data_root, args.source_root)
     pairs = common.list_pairs(args.source, source_root)
+    if args.source == args.target == "folder":
+        common.check_classes(source_root, target_root, args.num_classes)
 
     def source(short_side: int, crop: int):
         transform = augment(short_side, args.scales, crop, args.flip)

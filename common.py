@@ -94,6 +94,7 @@ def launch(main):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # a normal exit would wait for processes that may wait for this one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that readers died
         for reader in multiprocessing.active_children():
             reader.kill()  # they ignore the signal with which a normal exit would end them
         sys.exit(2)
@@ -164,9 +165,20 @@ def lock(out):
         except BlockingIOError:
             raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
-            if re.fullmatch(r"\.\d+\.tmp", leftover.name) and leftover.is_file():
+            owner = re.fullmatch(r"\.(\d+)\.tmp", leftover.name)
+            if owner and leftover.is_file() and not process_lives(int(owner[1])):
                 leftover.unlink()
     return file
+
+
+def process_lives(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def digest(chunks) -> str:
@@ -856,6 +868,12 @@ def folder_classes(root, num_classes: int) -> tuple:
     return tuple(names)
 
 
+def check_classes(source_root, target_root, num_classes: int):
+    """Refuse two plain folders whose classes.txt differ."""
+    if folder_classes(source_root, num_classes) != folder_classes(target_root, num_classes):
+        raise UserError(f"{source_root}/classes.txt and {target_root}/classes.txt differ: align them")
+
+
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
     """A decoded Pillow image; a UserError names a file that is of no such format, broken or huge.
 
@@ -898,7 +916,7 @@ def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned by the EXIF orientation; without a legible one the image stays as it is."""
-    with contextlib.suppress(*DAMAGE):
+    with contextlib.suppress(Exception):  # odd EXIF makes Pillow stumble anywhere
         image = ImageOps.exif_transpose(image)
     return image
 
@@ -1082,21 +1100,21 @@ class EndlessSampler(Sampler):
         """Covers the iterations start..stop-1."""
         self.length = length
         self.seed = seed
-        self.positions = []
-        for iteration in range(start, stop):
-            first = (iteration * world() + rank()) * batch
-            self.positions += range(first, first + batch)
+        self.iterations = range(start, stop)
+        self.batch = batch
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.iterations) * self.batch
 
     def __iter__(self):
         epoch = -1
-        for position in self.positions:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            yield position, int(order[position % self.length])
+        for iteration in self.iterations:
+            first = (iteration * world() + rank()) * self.batch
+            for position in range(first, first + self.batch):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                yield position, int(order[position % self.length])
 
 
 class Batches:
@@ -1417,7 +1435,7 @@ def check_settings(folder, settings: dict):
     other = "choose another --out or remove the folder"
     content = read_checkpoint(path)
     found = content.get("settings")
-    ours = content.get("format") == FORMAT and isinstance(content.get("iter"), int)
+    ours = content.get("format") == FORMAT and content.get("iter") in range(10**12)
     if not ours or not isinstance(found, dict):
         raise UserError(f"{path} is no training checkpoint of this version: {other}")
     for name, value in settings.items():
@@ -1477,7 +1495,7 @@ def read_log(path) -> list:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("iter"), int):
+            if isinstance(record, dict) and record.get("iter") in range(10**12):
                 records.append(record)
     return records
 
@@ -1497,13 +1515,13 @@ class Log:
         self.records = [record for record in kept if record["iter"] <= start]
         if start >= iters and self.records:
             print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
-            return
-        header = {"iter": start, "event": "start", "stage": stage, "iters": iters, "about": about}
-        self.records.append({**header, "settings": settings, **versions()})
+        else:
+            header = {"iter": start, "event": "start", "stage": stage, "iters": iters}
+            self.records.append({**header, "about": about, "settings": settings, **versions()})
+            goes_on = f"; goes on from iteration {start}" if start else ""
+            print(f"{stage}: {about}{goes_on}", flush=True)
         if rank() == 0:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        goes_on = f"; goes on from iteration {start}" if start else ""
-        print(f"{stage}: {about}{goes_on}", flush=True)
 
     def restart_clock(self, it: int):
         self.since = it

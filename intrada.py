@@ -491,6 +491,7 @@ def rank_target(args, checkpoint: Path, images: dict, device):
             "checkpoint": os.path.relpath(checkpoint, args.out),
             "checkpoint_digest": common.content_digest([checkpoint]),
             "input_size": list(args.target_size),
+            "num_classes": C,
             "images": common.fingerprint(images.values()),
             "content": ranking_content(partial, order),
         }
@@ -528,12 +529,15 @@ def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
         digest = about["checkpoint_digest"]
         same_images = about["images"] == common.fingerprint(images.values())
         input_size = about["input_size"]
+        num_classes = about["num_classes"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
     if not whole:
         raise UserError(f"{folder}: table or labels changed since stage 2 made them: {again}")
     if not same_images or sorted(names) != sorted(images):
         raise UserError(f"{folder} ranks other images than this target's: {again}")
+    if num_classes != args.num_classes:
+        raise UserError(f"{folder} has labels of {num_classes} classes: {again}")
     if input_size != list(args.target_size):
         raise UserError(f"{folder} was made at another --target-size, {input_size}: {again}")
     for path in (named_checkpoint, checkpoint):
@@ -610,6 +614,8 @@ def main():
             pairs, args.source, args.num_classes, args.source_size, seed=args.seed
         )
         source.look()
+        if args.source == args.target == "folder":
+            common.check_classes(source_root, target_root, args.num_classes)
         files = source.files() + (target.files() if aligned else [])
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.check_settings(args.out / "stage1", settings_1)

@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFilter
 if __name__ == "__main__":  # as a script, Python looks for common.py in demo/ and not above it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
 from common import CITYSCAPES_IDS, IGNORE, PALETTE, SYNTHIA_IDS
 
 # ---------------------------------------------------------------- 1 constants
