@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
@@ -685,6 +685,17 @@ def initial_weights(init: str):
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
 
 
+TURNS = {  # EXIF orientation: what makes the image upright
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
+
+
 class Layout(NamedTuple):
     """Where a dataset keeps its files below its root, and what its label pixels say.
 
@@ -871,7 +882,7 @@ def folder_classes(root, num_classes: int) -> tuple:
 def check_classes(source_root, target_root, num_classes: int):
     """Refuse two plain folders whose classes.txt differ."""
     if folder_classes(source_root, num_classes) != folder_classes(target_root, num_classes):
-        raise UserError(f"{source_root}/classes.txt and {target_root}/classes.txt differ: align them")
+        raise UserError(f"classes.txt of {source_root} and {target_root} differ: align them")
 
 
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
@@ -916,9 +927,11 @@ def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned by the EXIF orientation; without a legible one the image stays as it is."""
-    with contextlib.suppress(Exception):  # odd EXIF makes Pillow stumble anywhere
-        image = ImageOps.exif_transpose(image)
-    return image
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # odd EXIF makes Pillow stumble anywhere
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def read_ids(path) -> np.ndarray:
@@ -1294,12 +1307,16 @@ def score_table(columns: dict) -> str:
     """A text table, a column per name of {name: scores}: per-class IoU and means, in percent."""
     first = next(iter(columns.values()))
     lines = [" " * 16 + "".join(f"{name:>14}" for name in columns)]
-    for row in [*first["iou"], *(key for key in first if key.startswith("miou"))]:
-        line = f"{row.replace('miou', 'mIoU '):16}"
-        for column in columns.values():
-            value = column["iou"].get(row, column.get(row))
-            line += f"{'-':>14}" if value is None else f"{value:>14.1f}"
-        lines.append(line)
+
+    def add_row(title, values):
+        cells = [f"{'-':>14}" if value is None else f"{value:>14.1f}" for value in values]
+        lines.append(f"{title:16}" + "".join(cells))
+
+    for name in first["iou"]:
+        add_row(name, [column["iou"].get(name) for column in columns.values()])
+    for key in first:
+        if key.startswith("miou"):
+            add_row(key.replace("miou", "mIoU "), [column.get(key) for column in columns.values()])
     return "\n".join(lines)
 
 
@@ -1674,7 +1691,7 @@ def report(out, runs: dict, validation: Labelled, size: tuple, device, entropy):
     networks = {}
     for title, folder in runs.items():
         records = read_log(Path(folder) / "log.jsonl")
-        columns[title] = [r for r in records if r.get("event") == "evaluation"][-1]
+        columns[title] = [r for r in records if r.get("event") == "evaluation" and "iou" in r][-1]
         networks[title] = load(Path(folder) / "last.pth").to(device)
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(score_table(columns))

@@ -289,9 +289,10 @@ def select(files: dict, subset) -> dict:
     if subset is None:
         return files
     try:
-        wanted = set(subset.read_text().splitlines())
+        lines = subset.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --subset {subset} ({error}): give a name a line") from None
+    wanted = {line.strip() for line in lines}
     chosen = {}
     for name, entry in files.items():
         if name in wanted or name.split("/")[-1] in wanted:

@@ -442,7 +442,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
 # ====================================================================== stage 2: ranking
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rank_target(args, checkpoint: Path, images: dict, device):
     """Predict all target images once and write <out>/stage2/.
 
@@ -622,9 +622,11 @@ def main():
         unfinished = found is None or found["iter"] < args.stop_iters
         if args.stage == "all" and unfinished and ranking.exists():
             raise UserError(f"{ranking} is there before stage 1 is: remove it")
+    split_flags = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
+    if ranks:
+        common.check_settings(args.out / "stage3", split_flags)  # its split stays the one written
     if trains_3:
-        settings_3 = {**settings, "ratio": str(args.ratio)}
-        settings_3["normalize_entropy"] = str(args.normalize_entropy)
+        settings_3 = {**settings, **split_flags}
         common.check_settings(args.out / "stage3", settings_3)
 
     runs = {}

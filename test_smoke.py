@@ -2,11 +2,10 @@
 
     python -m pytest -q test_smoke.py        about two minutes on 2 CPU cores; no network needed
 
-Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · networks · labels and images ·
-dataset layouts · sampler · weight files · prediction · scenes · the house · the training loops ·
-IntraDA's stages · BCL's rounds · going on · signals, disks, numbers · processes and precision ·
-pictures · bad input · eval.py: labelled images, your images, comparison, features, refusals ·
-demo and README
+Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · networks · labels · dataset
+layouts · weight files · prediction · scenes · the house · the training loops · IntraDA's stages ·
+BCL's rounds · going on · signals, disks, numbers · processes and precision · pictures · bad input ·
+eval.py · demo and documents
 """
 
 import ast
@@ -14,6 +13,7 @@ import contextlib
 import copy
 import csv
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -56,18 +56,17 @@ from demo import scenes as demo
 NETWORK = {"layers": (1, 1, 1, 1), "width": 4}
 DEVICE = torch.device("cpu")
 SHARED = (
-    "--layers 1,1,1,1 --width 4 --init none --target-size 64x64 --batch-size 2"
-    " --log-every 1 --save-every 2 --workers 0 --device cpu"
-).split()
-INTRADA = [*SHARED, *"--source-size 64x64 --max-iters 6 --stop-iters 4 --eval-every 3".split()]
-BCL = [
-    *SHARED,
-    *"--crop 64 --short-side 64 --warmup-crop 64 --warmup-short-side 64 --scales 1.0,1.5".split(),
-    *"--warmup-iters 2 --rounds 2 --round-iters 3 --eval-every 0 --tau 0.5".split(),
-    *"--momentum 0.9".split(),
-]
+    "--layers 1,1,1,1 --width 4 --init none --target-size 64x64 --batch-size 2 --log-every 1"
+    " --save-every 2 --workers 0 --device cpu "
+)
+INTRADA = (SHARED + "--source-size 64x64 --max-iters 6 --stop-iters 4 --eval-every 3").split()
+BCL = SHARED + "--crop 64 --short-side 64 --warmup-crop 64 --warmup-short-side 64 --scales 1.0,1.5"
+BCL = f"{BCL} --warmup-iters 2 --rounds 2 --round-iters 3 --eval-every 0 --tau 0.5 --momentum 0.9"
+BCL = BCL.split()
 FLAGS = {intrada: INTRADA, bcl: BCL}
 CPU = ["--device", "cpu", "--workers", 0]  # of eval.py
+CUDA = int(torch.cuda.is_available())
+SKLEARN = int(bool(importlib.util.find_spec("sklearn")))
 BOTH = pytest.mark.parametrize("module", [intrada, bcl], ids=["intrada", "bcl"])
 
 
@@ -246,19 +245,33 @@ def cosine(a, b):
 # ====================================================================== IntraDA's formulas
 
 
-def test_self_information_and_entropy():
+def test_entropy_and_segmentation_loss():
     logits = 4 * torch.randn(2, 5, 3, 4, dtype=torch.float64)
     logits[0, :, 0, 0] = torch.tensor([1000.0, 0, 0, 0, -1000])  # certain
     logits[1, :, 0, 0] = 7  # uniform
+    labels = torch.randint(0, 5, (2, 3, 4))
+    labels[0] = 255
+    labels[0, 2, 2] = 3  # the mean is over pixels: image 0 weighs less
     expected = torch.zeros_like(logits)
+    terms = []
     for b, h, w in product(range(2), range(3), range(4)):
-        for c, p in enumerate(softmax(logits[b, :, h, w].tolist())):
-            expected[b, c, h, w] = -p * math.log(p or 1) / math.log(5)
+        p = softmax(logits[b, :, h, w].tolist())
+        parts = [-x * math.log(x or 1) / math.log(5) for x in p]
+        expected[b, :, h, w] = torch.tensor(parts, dtype=torch.float64)
+        if labels[b, h, w] != 255:
+            terms.append(-math.log(p[labels[b, h, w]]))
+    logits.requires_grad_()
+    maps = intrada.self_information(logits)
+    assert (maps - expected).abs().max() < 1e-12 and maps[1, :, 0, 0].sum().item() == approx(1)
     for module in (intrada, bcl):
-        maps = module.self_information(logits.requires_grad_())
-        assert (maps - expected).abs().max() < 1e-12 and maps[1, :, 0, 0].sum().item() == approx(1)
-        maps.sum().backward()
+        module.pixel_entropy(logits).sum().backward()
         assert logits.grad.isfinite().all()
+        loss = module.segmentation_loss(logits, labels)
+        assert loss.item() == approx(sum(terms) / len(terms), rel=1e-12)
+        logits.grad = None
+        nothing = module.segmentation_loss(logits, torch.full_like(labels, 255))
+        nothing.backward()
+        assert nothing.item() == 0 and (logits.grad == 0).all()
     for module in (intrada, bcl, eval_script):
         assert torch.allclose(module.pixel_entropy(logits), expected.sum(1), rtol=0, atol=1e-12)
     assert bcl.entropy_loss(logits).item() == approx(expected.sum(1).mean().item())
@@ -266,33 +279,10 @@ def test_self_information_and_entropy():
     assert torch.allclose(eval_script.pixel_entropy(logits, (9, 7)), larger)
 
 
-@BOTH
-def test_segmentation_loss(module):
-    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 3, (2, 4, 5))
-    labels[0, 1:] = 255  # the mean is over pixels: image 0 weighs less
-    terms = []
-    for b, h, w in product(range(2), range(4), range(5)):
-        if labels[b, h, w] != 255:
-            terms.append(-math.log(softmax(logits[b, :, h, w].tolist())[labels[b, h, w]]))
-    loss = module.segmentation_loss(logits, labels)
-    assert loss.item() == approx(sum(terms) / len(terms), rel=1e-12)
-    nothing = module.segmentation_loss(logits, torch.full_like(labels, 255))
-    nothing.backward()
-    assert nothing.item() == 0 and (logits.grad == 0).all()
-
-
-def test_rarity_factor():
-    rare = "wall,fence,pole,traffic light,traffic sign,terrain,rider,truck,bus,train,motorcycle"
-    for chosen in (set(), {0, 1, 10}, {3, 4, 18}, set(range(19)), *({c} for c in range(19))):
-        r = sum(common.CLASSES[c] in rare.split(",") for c in chosen)
-        assert intrada.rarity_factor(chosen) == approx((11 - r) / 11 + 0.5)
-
-
 # ====================================================================== evaluation
 
 
-def test_confusion_matrix_and_iou():
+def test_confusion_matrix_iou_and_scores():
     labels = torch.randint(0, 5, (6, 7))
     predictions = torch.randint(0, 5, (6, 7))
     labels[labels == 3] = 255  # 3 occurs nowhere; 4 is predicted alone
@@ -311,8 +301,6 @@ def test_confusion_matrix_and_iou():
     many = torch.arange(255, dtype=torch.uint8)  # products of large ids must not overflow
     assert torch.equal(common.confusion_matrix(many, many, 255), torch.eye(255).long())
 
-
-def test_scores_over_19_16_and_13_classes():
     confusion = torch.randint(1, 50, (19, 19))
     confusion[6] = 0
     confusion[:, 6] = 0  # absent: left out of every mean
@@ -323,35 +311,7 @@ def test_scores_over_19_16_and_13_classes():
         assert result[f"miou{key}"] == approx(sum(members) / len(members))
     assert result["iou"]["traffic light"] is None
     assert result["iou"]["bicycle"] == approx(each[18].item())
-    few = common.scores(confusion[:3, :3], ("a", "b", "c"))
-    assert set(few) == {"miou3", "iou"} and list(few["iou"]) == ["a", "b", "c"]
-    assert common.scores(0 * confusion)["miou19"] is None
-
-
-@pytest.mark.parametrize("map_size", [(5, 9), (17, 33), (1, 1), (40, 30)])
-def test_upsampled_argmax(map_size):
-    logits = torch.randn(2, 6, *map_size, dtype=torch.float64)
-    expected = bigger(logits, (33, 20))
-    assert torch.equal(common.upsample(logits, (33, 20)), expected)
-    found = common.upsampled_argmax(logits, (33, 20))
-    assert found.dtype == torch.uint8 and torch.equal(found.long(), expected.argmax(1))
-    assert (common.upsampled_argmax(torch.zeros(1, 3, 2, 2), (4, 4)) == 0).all()  # ties: the first
-
-
-@pytest.mark.parametrize("bn", ["batch", "running"])
-def test_evaluation_leaves_the_network_alone(bn, scenes):
-    G = common.DeepLabV2(19, **NETWORK)
-    common.set_mode(G, bn)
-    before = copy.deepcopy(G.state_dict())
-    modes = [module.training for module in G.modules()]
-    dataset = common.validation_set("cityscapes", scenes / "Cityscapes", 19, (64, 64))
-    options = ((64, 64), DEVICE, intrada.pixel_entropy)
-    result = common.evaluate([G], dataset, DEVICE)
-    common.easy_and_hard(G, dataset, *options)
-    common.write_panel("a.png", {"a": G}, dataset, [0], *options)
-    assert same(before, G.state_dict())
-    assert modes == [module.training for module in G.modules()]
-    assert result["images"] == 5 and result["confusion"].sum() > 0
+    assert list(common.scores(confusion[:3, :3], ("a", "b", "c"))) == ["miou3", "iou"]
 
 
 # ====================================================================== BCL's formulas
@@ -445,47 +405,6 @@ def test_dynamic_labels(tau):
     assert (bcl.dynamic_labels(features, prototypes, present & False, tau) == 255).all()
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 1.0])
-def test_class_thresholds_against_sorting(ratio):
-    histogram = torch.zeros(C, 50, dtype=torch.int64)
-    expected = []
-    for c in range(C):
-        count = 0 if c == 3 else 40 * c + 3
-        bins = (50 * np.random.default_rng(c).beta(5, c + 1, count)).astype(int)
-        histogram[c] = torch.from_numpy(np.bincount(bins, minlength=50))
-        top = sorted(bins, reverse=True)[: math.ceil(ratio * count)]
-        expected.append(top[-1] if count else 50)  # 50: a bin that no pixel reaches
-    assert bcl.class_thresholds(histogram, ratio).tolist() == expected
-    assert bcl.class_thresholds(histogram, 0.0).tolist() == [50] * C
-
-
-def test_confidence_bins():
-    p = torch.cat([torch.linspace(0, 1, 1001), 1 - torch.logspace(-7, -1, 200)]).sort().values
-    bins = bcl.confidence_bins(p)
-    assert bins.min() == 0 and bins.max() == bcl.BINS - 1 and (bins.diff() >= 0).all()
-    assert (bcl.bin_confidence(bins) <= p.double() + 1e-12).all()
-    assert (bcl.bin_confidence(bins + 1) >= p.double()).all()
-    # a network whose margins are 10 and more: the top tenth is still told apart
-    bins = bcl.confidence_bins(torch.sigmoid(10 + 4 * torch.randn(5000)))
-    threshold = bcl.class_thresholds(torch.bincount(bins, minlength=bcl.BINS)[None], 0.1)
-    assert (bins >= threshold).double().mean().item() == approx(0.1, abs=0.01)
-
-
-@pytest.mark.parametrize("absent", [(), (1,)])
-def test_choose_static(absent):
-    prediction = torch.randint(0, 3, (6, 7))
-    bins = torch.randint(0, 30, (6, 7))
-    thresholds = torch.tensor([12, 25, bcl.BINS])
-    static = bcl.choose_static(prediction.byte(), bins, thresholds, 0.1, absent)
-    own = sorted(bins.flatten().tolist())[-math.ceil(0.1 * 42)]
-    for h, w in product(range(6), range(7)):
-        c = prediction[h, w].item()
-        keep = bins[h, w] >= thresholds[c] or bins[h, w] >= own
-        assert static[h, w] == (c if keep and c not in absent else 255)
-    none = torch.full((3,), bcl.BINS)
-    assert (bcl.choose_static(prediction, bins, none, 0.0) == 255).all()
-
-
 def map_side(side):
     """Side of the network's stride-8 map: convolution, pool with ceil, 1x1 with stride 2."""
     half = (side - 1) // 2 + 1
@@ -511,24 +430,13 @@ def test_map_positions_stand_for_pixels_at_their_centres():
         assert torch.equal(bcl.pick(full, map_side(side), 1), labels), side
 
 
-def by_own_statistics(norm, inputs, output):
-    """A forward hook: BatchNorm by the statistics of its input, written out."""
-    x = inputs[0]
-    mean = x.mean((0, 2, 3), keepdim=True)
-    deviation = (((x - mean) ** 2).mean((0, 2, 3), keepdim=True) + norm.eps).sqrt()
-    return (x - mean) / deviation * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
-
-
 @pytest.mark.parametrize("label_bn", ["batch", "running"])
 def test_static_labels_use_these_statistics(label_bn):
     G = noisy_network(classes=5).double()
     common.set_mode(G, "running")
     modes = [module.training for module in G.modules()]
     before = copy.deepcopy(G.state_dict())
-    plain = copy.deepcopy(G).eval()
-    for module in plain.modules():
-        if label_bn == "batch" and isinstance(module, torch.nn.BatchNorm2d):
-            module.register_forward_hook(by_own_statistics)
+    plain = copy.deepcopy(G).train(label_bn == "batch")
     network = bcl.label_network(G, label_bn)
     for image in 50 * torch.randn(3, 1, 3, 64, 64, dtype=torch.float64):
         found = network(image).main  # earlier images leave no trace
@@ -554,30 +462,22 @@ def test_network_is_the_papers_resnet():
     net = common.DeepLabV2(19, (3, 4, 23, 3), 2)
     for i, count, dilation in ((1, 3, 1), (2, 4, 1), (3, 23, 2), (4, 3, 4)):
         stage = getattr(net, f"layer{i}")
-        assert len(stage) == count
+        assert len(stage) == count and stage[0].downsample[0].stride == stage[0].conv1.stride
         for b, block in enumerate(stage):
-            stride = (2, 2) if (i, b) == (2, 0) else (1, 1)
-            assert block.conv1.stride == stride  # Caffe's, on the 1x1
-            assert block.conv1.kernel_size == block.conv3.kernel_size == (1, 1)
-            assert block.conv2.stride == block.conv3.stride == (1, 1)
-            assert block.conv2.kernel_size == (3, 3)
+            stride = (2, 2) if (i, b) == (2, 0) else (1, 1)  # Caffe's, on the 1x1
+            assert block.conv1.stride == stride and block.conv2.stride == (1, 1)
             assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
-            if b == 0:
-                assert block.downsample[0].stride == stride
-            else:
-                assert block.downsample is None
     pool = net.maxpool
     assert (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (3, 2, 1, True)
-    for head, channels in ((net.layer5, 32), (net.layer6, 64)):
-        assert [conv.dilation for conv in head.conv2d_list] == [(d, d) for d in (6, 12, 18, 24)]
-        for conv in head.conv2d_list:
-            assert conv.padding == conv.dilation and conv.kernel_size == (3, 3)
-            assert (conv.in_channels, conv.out_channels) == (channels, 19)
-            assert conv.bias is not None
-            assert conv.weight.std().item() == approx(0.01, abs=1e-3)
+    for conv, d in zip((*net.layer5.conv2d_list, *net.layer6.conv2d_list), 2 * (6, 12, 18, 24)):
+        assert conv.dilation == conv.padding == (d, d) and conv.kernel_size == (3, 3)
+        assert conv.bias is not None and conv.weight.std().item() == approx(0.01, abs=1e-3)
     with torch.device("meta"):
-        names = set(torchvision.models.resnet101().state_dict()) - {"fc.weight", "fc.bias"}
-    assert names == {name for name in net.state_dict() if name[:6] not in ("layer5", "layer6")}
+        shapes = {name: v.shape for name, v in torchvision.models.resnet101().state_dict().items()}
+    for name, value in net.state_dict().items():
+        if not name.startswith(("layer5", "layer6")):
+            assert value.dim() == len(shapes[name]) and value.shape[2:] == shapes.pop(name)[2:]
+    assert shapes.keys() == {"fc.weight", "fc.bias"}
 
 
 def test_network_forward():
@@ -594,93 +494,11 @@ def test_network_forward():
     assert common.DeepLabV2(7, **NETWORK, aux=False)(image).aux is None
 
 
-def test_normalize():
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    x = common.normalize(images)
-    assert x.dtype == torch.float32
-    for channel, mean in enumerate((104.00698793, 116.66876762, 122.67891434)):
-        assert torch.allclose(x[:, channel], images[:, 2 - channel].float() - mean)
-    for wrong in (images[0], images[:, :2], images[:, :, 0]):
-        with pytest.raises(ValueError, match="normalize"):
-            common.normalize(wrong)
-
-
-def test_parameter_groups():
-    net = common.DeepLabV2(19, (3, 4, 23, 3), 2)
-    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    frozen = {id(p) for norm in norms for p in norm.parameters()}
-    assert {id(p) for p in net.parameters() if not p.requires_grad} == frozen
-    heads = {id(p) for head in (net.layer5, net.layer6) for p in head.parameters()}
-    listed = []  # as the released optimizer: it walks modules(), in each of them parameters()
-    for part in (net.conv1, net.bn1, net.layer1, net.layer2, net.layer3, net.layer4):
-        for module in part.modules():
-            listed += [id(p) for p in module.parameters() if p.requires_grad]
-    assert len(listed) == 314
-    for recipe, factors in (("released", [1, 3, 4, 10]), ("paper", [1, 1, 1, 10])):
-        groups = net.parameter_groups(recipe, 10)
-        assert [group["lr_factor"] for group in groups] == factors
-        ids = [[id(p) for p in group["params"]] for group in groups]
-        assert [len(part) for part in ids] == [1, 99, 4, 16] and set(ids[3]) == heads
-        assert sorted(sum(ids, [])) == sorted({id(p) for p in net.parameters()} - frozen)
-        for times, part in zip((1, 3, 4), ids):
-            assert all(listed.count(p) == times for p in part)
-
-
-def test_factors_follow_the_released_optimizer():
-    """1,000 steps on scalars: our factor against a list that holds the parameter so many times,
-    as torch 0.4.1 steps it: one entry after the other, all with one momentum buffer."""
-    groups = common.DeepLabV2(19, **NETWORK).parameter_groups("released", 10)
-    slopes = (0.1 + 0.1 * torch.randn(1_000)).tolist()  # gradients: a drift with noise
-    for group, times in zip(groups, (1, 3, 4)):
-        ours = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-        optimizer = torch.optim.SGD([ours], lr=1, momentum=0.9, weight_decay=5e-4)
-        released = 1.0
-        buffer = 0.0
-        for it, slope in enumerate(slopes):
-            lr = 2.5e-4 * (1 - it / 250_000) ** 0.9
-            optimizer.param_groups[0]["lr"] = lr * group["lr_factor"]
-            ours.grad = torch.full_like(ours, slope)
-            optimizer.step()
-            gradient = slope
-            for _ in range(times):
-                gradient += 5e-4 * released  # in place: each entry decays the same gradient again
-                buffer = 0.9 * buffer + gradient
-                released -= lr * buffer
-        assert (ours.item() - 1) / (released - 1) == approx(1, abs=0.02)
-
-
-@pytest.mark.parametrize("bn", ["batch", "running"])
-def test_batchnorm_mode(bn):
-    net = common.DeepLabV2(3, **NETWORK).eval()
-    image = 50 * torch.randn(1, 3, 64, 64)
-    common.set_mode(net, bn)
-    assert net.training
-    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    first = net(image).main
-    moved = difference(dict(net.named_buffers()), before) > 0
-    assert moved == (bn == "batch")
-    net.layer2[0].bn2.running_mean += 1
-    assert torch.equal(net(image).main, first) == (bn == "batch")  # batch: not used
-
-
-def test_inference_copy():
-    net = noisy_network(classes=7).double().train()
-    before = copy.deepcopy(net.state_dict())
-    folded = common.inference_copy(net)
-    image = 50 * torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    plain = copy.deepcopy(net).eval()(image)
-    found = folded(image)
-    assert torch.allclose(found.main, plain.main, rtol=1e-9, atol=1e-9)
-    assert torch.allclose(found.features, plain.features, rtol=1e-9, atol=1e-9)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    assert found.aux is None and not folded.training
-    assert net.training and net.layer5 is not None and difference(net.state_dict(), before) == 0
-
-
 def test_checkpointed_activations_change_memory_alone():
     net = common.DeepLabV2(19, (2, 1, 1, 1), 4)
     image = 50 * torch.randn(1, 3, 128, 128)
-    results = []
+    memory = []
+    states = []
     for switch in (False, True):
         one = copy.deepcopy(net)
         one.checkpoint_activations = switch
@@ -688,15 +506,12 @@ def test_checkpointed_activations_change_memory_alone():
         pack = lambda tensor: kept.append(tensor.numel()) or tensor  # noqa: B023, E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             prediction = one(image)
-        memory = sum(kept)  # before the backward pass, which computes parts again
+        memory.append(sum(kept))  # before the backward pass, which computes parts again
         (prediction.main.square().mean() + prediction.aux.square().mean()).backward()
         gradients = {name: p.grad for name, p in one.named_parameters() if p.requires_grad}
-        results.append((memory, one.state_dict(), gradients))
-    (memory, state, gradients), (memory_2, state_2, gradients_2) = results
-    assert memory_2 < 0.6 * memory
-    assert difference(state, net.state_dict()) > 0  # the statistics moved, and ...
-    assert difference(state, state_2) == 0  # ... no further
-    assert difference(gradients, gradients_2) == 0
+        states.append((one.state_dict(), gradients))
+    assert memory[1] < 0.6 * memory[0] and same(*states)
+    assert difference(states[0][0], net.state_dict()) > 0  # the statistics moved, once
 
 
 # ====================================================================== labels and images
@@ -776,23 +591,6 @@ def test_labels_that_are_none_are_refused():
     refused("stray.png.*num-classes", common.read_label, "stray.png", "folder", 19)
 
 
-@pytest.mark.parametrize("kind", ["gta5", "cityscapes", "acdc", "synscapes"])
-def test_trainids_under_the_name_of_label_ids_are_refused(kind):
-    pairs = {}
-    for i in range(10):
-        trainids = np.resize(np.arange(19, dtype=np.uint8), (50, 40))
-        trainids[i:] = 0  # much road
-        grey_png(f"{i}_label.png", trainids)
-        pairs[str(i)] = (draw(f"{i}.png", size=(40, 50)), Path(f"{i}_label.png"))
-    dataset = common.Labelled(pairs, kind, 19)
-    refused("_label.png.*trainIds", dataset.look)
-    for i in range(10):
-        draw(f"{i}_label.png", 7, (40, 50))  # road alone is fine
-    dataset.look()
-    draw("9_label.png", size=(40, 50))  # colours, in the last file
-    refused("9_label.png.*not colours", dataset.look)
-
-
 def test_pairs_as_they_are_seen():
     """A photo is turned as its EXIF says; a label of another shape is refused."""
     pixels = np.zeros((40, 80, 3), np.uint8)
@@ -805,22 +603,11 @@ def test_pairs_as_they_are_seen():
     for item in (dataset[0], common.Images({"a": "turned.jpg"}, (20, 40))[0]):
         assert item["image"].shape == (3, 40, 20)
         assert item["image"][0, 5, 15] > 200 and item["image"][0, 5, 5] < 50
+    assert dataset[0]["label"].unique().tolist() == [3] and len(dataset[0]["label"]) == 40
     draw("label.png", 3, (41, 80))  # GTA5 has pairs of 1914x1052 and 1914x1046
     assert dataset.open(0)[1].size == (41, 80)
     draw("label.png", 3, (80, 40))
     refused("label.png", dataset.open, 0)
-
-
-def test_resize():
-    pixels = np.random.default_rng(0).integers(0, 256, (21, 31, 3), dtype=np.uint8)
-    label = np.asarray(common.resize(Image.fromarray(pixels), (12, 8), "label"))
-    for y, x in product(range(8), range(12)):
-        nearest = pixels[int((y + 0.5) * 21 / 8), int((x + 0.5) * 31 / 12)]
-        assert label[y, x].tolist() == nearest.tolist()
-    image = common.to_tensor(common.resize(Image.fromarray(pixels), (12, 8), "image"))
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-    bicubic = F.interpolate(planes, (8, 12), mode="bicubic", antialias=True)[0]
-    assert (image - bicubic.clamp(0, 255)).abs().max() < 2
 
 
 # ====================================================================== dataset layouts
@@ -875,19 +662,6 @@ def test_dataset_layouts(kind, folder, image, label, name, tmp_path):
     assert dataset[0]["label"].tolist() == [[13] * 8] * 6  # at its own size
 
 
-def test_several_archives_and_numeric_order(tmp_path):
-    for number in (100, 2, 10, 1):
-        draw(f"Synscapes/img/rgb/{number}.png")
-        draw(f"Synscapes/img/class/{number}.png", 7)
-    assert list(common.list_pairs("synscapes", tmp_path / "Synscapes")) == ["1", "2", "10", "100"]
-    for archive, image in (("02", "2501"), ("01", "0001"), ("10", "0002")):
-        draw(f"GTA5/{archive}_images/images/{image}.png")
-        draw(f"GTA5/0{image[-1]}_labels/labels/{image}.png", 7)  # cut into other archives
-    assert list(common.list_pairs("gta5", tmp_path / "GTA5")) == ["0001", "0002", "2501"]
-    draw("GTA5/03_images/images/0001.png")
-    refused("one name", common.list_pairs, "gta5", tmp_path / "GTA5")
-
-
 def test_lonely_files_missing_folders_and_names(tmp_path):
     fine = ["²", "a\u00a0b", "\U0001f469\u200d\U0001f4bb", "12", "a,b;'\"c", "٣", "sub/x"]
     for name in fine:
@@ -909,45 +683,6 @@ def test_lonely_files_missing_folders_and_names(tmp_path):
     refused("nowhere", common.dataset_root, "folder", None, tmp_path / "nowhere")
     refused("gta5.*--data-root", common.dataset_root, "gta5", tmp_path)
     refused("leftImg8bit/train", common.list_images, "cityscapes", tmp_path)
-
-
-def test_classes_txt(tmp_path):
-    draw("images/val/a.png")
-    draw("labels/val/a.png", 1)
-    assert common.validation_set("folder", tmp_path, 3, (32, 32)).classes == ("0", "1", "2")
-    Path("classes.txt").write_text("\ufeffcat\n dog\n\nbird \n")
-    dataset = common.validation_set("folder", tmp_path, 3, (32, 32))
-    result = common.evaluate([common.DeepLabV2(3, **NETWORK)], dataset, DEVICE)
-    assert list(result["iou"]) == ["cat", "dog", "bird"]
-    refused("classes.txt.*--num-classes", common.folder_classes, tmp_path, 4)
-    for content in (b"cat\ndog\ndog\n", b"\xff\xfe"):
-        Path("classes.txt").write_bytes(content)
-        refused("classes.txt", common.folder_classes, tmp_path, 3)
-
-
-# ====================================================================== sampler
-
-
-@pytest.mark.parametrize("start, workers", [(0, 0), (5, 0), (5, 2)])
-def test_order_of_images(start, workers, scenes):
-    """It depends on the seed alone; going on at an iteration gives the rest of the same order."""
-    images = common.list_images("cityscapes", scenes / "Cityscapes")
-    turn = lambda image, label, rng: (image.rotate(90 * rng.random()), label)  # noqa: E731
-    data = common.Images(images, transform=turn)
-    whole = [index for _, index in common.EndlessSampler(10, 3, 0, 12, 2)]
-    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
-    assert whole[:10] != whole[10:20]
-    assert whole != [index for _, index in common.EndlessSampler(10, 4, 0, 12, 2)]
-    batches = common.Batches(data, 3, 2, start, 12, workers, DEVICE)
-    for it in range(start, 12):
-        x, labels = next(batches)
-        assert x.shape == (2, 3, 64, 64) and labels is None
-        for b, position in enumerate((2 * it, 2 * it + 1)):
-            assert batches.names[b] == data.names[whole[position]]
-            augmented = data[position, whole[position]]["image"]  # drawn by the position
-            assert torch.equal(x[b], augmented)
-    with pytest.raises(StopIteration):
-        next(batches)
 
 
 # ====================================================================== weight files
@@ -1040,23 +775,6 @@ def test_torchvision_weights_see_the_same_picture():
     std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
     expected = F.conv2d((image - mean) / 255 / std, state["conv1.weight"], stride=2, padding=3)
     assert torch.allclose(net.conv1(common.normalize(image)), expected, rtol=1e-4, atol=1e-3)
-
-
-def test_our_own_checkpoints():
-    networks = [common.DeepLabV2(5, (1, 2, 3, 1), 8, aux=False), common.DeepLabV2(19, **NETWORK)]
-    for ours in networks:
-        common.save("run/last.pth", 7, {"lr": "1"}, {"model": ours}, input_size=(96, 48))
-        torch.save(ours.state_dict(), "bare.pth")
-        for path in ("run/last.pth", "bare.pth"):
-            net = common.load(path)
-            assert (net.num_classes, net.layers) == (ours.num_classes, ours.layers)
-            assert difference(net.state_dict(), ours.state_dict()) == 0
-        assert common.load("run/last.pth").input_size == (96, 48)
-        assert last("run")["iter"] == 7 and last("run")["settings"] == {"lr": "1"}
-    # from a network without the auxiliary head, which stays initial
-    common.save("bcl.pth", 1, {}, {"model": common.DeepLabV2(19, **NETWORK, aux=False)})
-    report = common.load_weights(net, common.read_checkpoint("bcl.pth"))
-    assert len(report.initialised) == 8 and "kept initial 8 (layer5." in str(report)
 
 
 class Malicious:
@@ -1177,23 +895,17 @@ def test_predict():
 # ====================================================================== street scenes
 
 
-def test_scenes_have_the_real_encodings(scenes):
-    for kind, count in (("gta5", 8), ("synthia", 8), ("synscapes", 8), ("cityscapes", 10)):
-        data = common.Labelled(common.list_pairs(kind, common.dataset_root(kind, scenes)), kind, 19)
-        data.look()
-        found = {value for item in data for value in item["label"].unique().tolist()}
-        assert found == {*range(19), 255} - set(common.ABSENT.get(kind, ()))
-        assert len(data) == count and data[0]["image"].shape == (3, 64, 64)
-        header = {"gta5": (8, 3), "synthia": (16, 2)}.get(kind, (8, 0))  # bits, colour type
-        assert data.label_paths[0].read_bytes()[24:26] == bytes(header)
-
-
-def test_scenes_are_reproducible_and_say_which_are_hard(scenes):
+def test_scenes(scenes):
     kinds = (("source",), ("target",), ("target", True), ("source",))
     drawn = [demo.draw_scene(np.random.default_rng(7), (96, 64), *kind) for kind in kinds]
     images = [image.tobytes() for image, _ in drawn]
     assert all(np.array_equal(label, drawn[0][1]) for _, label in drawn)
     assert images[0] == images[3] and len(set(images)) == 3  # they differ in appearance alone
+    for kind, encoding in (("gta5", (8, 3)), ("synthia", (16, 2)), ("cityscapes", (8, 0))):
+        data = common.Labelled(common.list_pairs(kind, common.dataset_root(kind, scenes)), kind, 19)
+        found = {value for item in data for value in item["label"].unique().tolist()}
+        assert found == {*range(19), 255} - set(common.ABSENT.get(kind, ()))
+        assert data.label_paths[0].read_bytes()[24:26] == bytes(encoding)  # bits, colour type
     listed = {kind: (scenes / f"{kind}.txt").read_text().split() for kind in ("easy", "hard")}
     stems = [path.name[:-16] for path in scenes.rglob("*_leftImg8bit.png")]
     assert sorted(listed["easy"] + listed["hard"]) == sorted(stems)
@@ -1344,13 +1056,14 @@ def picked(labels, h):
     return labels[:, centres[:, None], centres]
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic", "hybrid"])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "hybrid", "dynamic --no-calibrate"])
 def test_bcl_is_in_the_papers_order(kind, pairs):
     sources, labels, targets = pairs
     flags = "--warmup-iters 0 --scales 1.0 --no-flip --lr 1e-3 --momentum 0.5 --out run"
     flags += " --lambda-ce 0.9 --lambda-ent 0.3 --lambda-fcl 0.4 --lambda-bcl 0.7"
     flags += f" --target-weight 0.6 --temperature 0.2 --tau 0.5 --labels {kind}"
     succeed(bcl, "--data-root", "pair", *BCL, *flags.split())
+    kind, *uncalibrated = kind.split()
 
     torch.manual_seed(0)
     G = common.DeepLabV2(19, **NETWORK, aux=False).train()
@@ -1379,7 +1092,7 @@ def test_bcl_is_in_the_papers_order(kind, pairs):
         ema_s.update(*mean_prototypes(p_s))
         y_d = []
         for b in (0, 1):
-            p_st = bcl.calibrate(*p_s[b], ema_s, ema_t)
+            p_st = p_s[b][0] if uncalibrated else bcl.calibrate(*p_s[b], ema_s, ema_t)
             y_d.append(bcl.dynamic_labels(f_t[b], p_st, p_s[b][1], 0.5))
         y_d = torch.stack(y_d)
         y_t = {"static": y_f, "dynamic": picked(y_d, 64)}
@@ -1415,13 +1128,12 @@ def label_names(folder):
 
 
 def test_intrada_files(trained):
-    losses = "loss_seg_main loss_seg_aux loss_adv_main loss_adv_aux loss_d_main loss_d_aux".split()
     for folder in (trained(intrada) / "stage1", trained(intrada) / "stage3"):
         log = records(folder)
         scores = records(folder, "evaluation")
         assert [r["iter"] for r in log] == [1, 2, 3, 4] and [r["iter"] for r in scores] == [3, 4]
         for record in log:
-            assert all(math.isfinite(record[field]) for field in losses)
+            assert len([v for k, v in record.items() if "loss" in k and math.isfinite(v)]) == 6
             assert record["data_seconds"] > 0 and record["peak_memory_mb"] > 50
         assert all({"miou19", "miou16", "miou13"} <= r.keys() for r in scores)
         best = max(scores, key=lambda r: r["miou19"])
@@ -1470,33 +1182,6 @@ def test_split_for_every_ratio(column):
         assert len(easy) == hundredths * 2975 // 100 and easy + hard == order
 
 
-def test_stage_3_at_2975_names(scenes):
-    """A ranking of as many images as Cityscapes has, λ = 0.5: 1,487.5 of them."""
-    city = Path("big/leftImg8bit/train/city")
-    labels = Path("run/stage2/labels/city")
-    city.mkdir(parents=True)
-    labels.mkdir(parents=True)
-    draw("image.png", size=(64, 64))
-    draw("label.png", 7, size=(64, 64))
-    lines = ["name,entropy,normalized_entropy"]
-    names = []
-    for row in sorted(made_up_rows(2975), key=lambda row: row["entropy"]):
-        os.link("image.png", city / f"{row['name']}_leftImg8bit.png")
-        os.link("label.png", labels / f"{row['name']}.png")
-        lines.append("city/" + ",".join(map(str, row.values())))
-        names.append(f"city/{row['name']}")
-    common.write_text("run/stage2/ranking.csv", "\n".join(lines) + "\n")
-    images = common.list_images("cityscapes", Path("big"))
-    about = {"checkpoint": "gone.pth", "checkpoint_digest": "", "input_size": [64, 64]}
-    about["images"] = common.fingerprint(images.values())
-    about["content"] = intrada.ranking_content(Path("run/stage2"), names)
-    common.write_text("run/stage2/ranking.json", json.dumps(about))
-    flags = ["--target-root", "big", "--stage", 3, "--out", "run", "--ratio", 0.5]
-    succeed(intrada, *INTRADA, *flags, "--max-iters", 1, "--stop-iters", 1)
-    start = records("run/stage3", "start")[0]["about"]
-    assert start.startswith("1487 labelled images, 1488 target images")
-
-
 @pytest.mark.parametrize("ratio, flag", [(0.3, "--no-normalize-entropy"),
                                          (0.5, "--normalize-entropy"), (1, "--normalize-entropy")])
 def test_stage_3_gets_the_split_of_its_flags(ratio, flag, trained, scenes):
@@ -1505,7 +1190,7 @@ def test_stage_3_gets_the_split_of_its_flags(ratio, flag, trained, scenes):
     column = "normalized_entropy" if flag == "--normalize-entropy" else "entropy"
     names = [r["name"] for r in sorted(ranking_of(folder), key=lambda r: float(r[column]))]
     flags = ["--stage", 3, "--ranking", folder, "--ratio", ratio, flag, "--out", "other"]
-    with mock.patch.object(intrada, "train") as train, mock.patch.object(intrada, "report"):
+    with mock.patch.object(intrada, "train") as train, mock.patch.object(common, "report"):
         succeed(intrada, "--data-root", scenes, *INTRADA, *flags)
     source, target = train.call_args.args[3:5]
     easy = int(10 * ratio)
@@ -1530,28 +1215,10 @@ def test_the_split_is_part_of_a_run_and_lambda_1_is_self_training(trained, scene
     assert Path("run/stage2/easy.txt").read_bytes() == easy
 
 
-def edited(name, change):
-    """Apply text -> text to a file of stage 2."""
-    path = Path("run/stage2", name)
-    path.write_text(change(path.read_text()))
-
-
-def edited_label(change):
-    """Apply bytearray -> bytes to a pseudo label."""
-    path = next(Path("run/stage2/labels").rglob("*.png"))
-    path.write_bytes(change(bytearray(path.read_bytes())))
-
-
-def flip(content):
-    content[-30] ^= 1
-    return content
-
-
-def swap(text):
-    """Entropies of the easiest and the hardest image exchanged, names left in place."""
-    header, *rows = [line.split(",", 1) for line in text.splitlines()]
-    rows[0][1], rows[-1][1] = rows[-1][1], rows[0][1]
-    return "".join(",".join(row) + "\n" for row in [header, *rows])
+def edited(pattern, change):
+    """Apply bytes -> bytes to a file of stage 2."""
+    path = next(Path("run/stage2").rglob(pattern))
+    return path.write_bytes(change(path.read_bytes()))
 
 
 def stage_1_anew(data):
@@ -1560,23 +1227,17 @@ def stage_1_anew(data):
     succeed(intrada, "--data-root", data, *INTRADA, *flags)
 
 
-def target_image(data):
-    return next((data / "Cityscapes/leftImg8bit/train").rglob("*.png"))
-
-
 DAMAGES = {
-    "csv cut": lambda data: edited("ranking.csv", lambda text: text[: len(text) // 2]),
-    "csv word": lambda data: edited("ranking.csv", lambda text: text.replace("0.", "zero.", 1)),
-    "csv values": lambda data: edited("ranking.csv", swap),
+    "csv word": lambda data: edited("ranking.csv", lambda text: text.replace(b"0.", b"zero.", 1)),
+    "csv value": lambda data: edited("ranking.csv", lambda text: text.replace(b"0.", b"0.9", 1)),
     "csv gone": lambda data: Path("run/stage2/ranking.csv").unlink(),
     "json cut": lambda data: edited("ranking.json", lambda text: text[:-9]),
-    "json list": lambda data: edited("ranking.json", lambda text: "[]"),
-    "json size": lambda data: edited("ranking.json", lambda text: text.replace("64", "65", 1)),
-    "label cut": lambda data: edited_label(lambda content: content[:-20]),
-    "label flipped": lambda data: edited_label(flip),
-    "label gone": lambda data: next(Path("run/stage2/labels").rglob("*.png")).unlink(),
-    "other images of these names": lambda data: draw(target_image(data), 99, (64, 64)),
-    "an image gone": lambda data: target_image(data).unlink(),
+    "json list": lambda data: edited("ranking.json", lambda text: b"[]"),
+    "json size": lambda data: edited("ranking.json", lambda text: text.replace(b"64", b"65", 1)),
+    "label cut": lambda data: edited("*19.png", lambda png: png[:-20]),
+    "label flipped": lambda data: edited("*19.png", lambda png: png[:-30] + b"?" + png[-29:]),
+    "other images": lambda data: draw(next(data.rglob("train/*/*Img8bit.png")), 99, (64, 64)),
+    "an image gone": lambda data: next(data.rglob("train/*/*Img8bit.png")).unlink(),
     "stage 1 trained anew": stage_1_anew,
 }
 
@@ -1613,12 +1274,9 @@ def test_bcl_files_and_log(trained, scenes):
     images = common.list_images("cityscapes", scenes / "Cityscapes")
     log = records(run)
     assert (run / "warmup/last.pth").exists() and (run / "best.pth").exists()
-    for round_ in (0, 1):
-        assert label_names(run / f"round{round_}/labels") == sorted(images)
-    assert [r["iter"] for r in log] == [1, 2, 3, 4, 5, 6]
-    assert [r["round"] for r in log] == [0, 0, 0, 1, 1, 1]
-    terms = "ce_source ce_target ent_source ent_target fcl bcl".split()
-    assert all(math.isfinite(r[f"loss_{term}"]) for r in log for term in terms)
+    assert all(label_names(run / f"round{k}/labels") == sorted(images) for k in (0, 1))
+    assert [(r["iter"], r["round"]) for r in log] == [(i + 1, i // 3) for i in range(6)]
+    assert all(len([v for k, v in r.items() if "loss" in k and math.isfinite(v)]) == 7 for r in log)
     rates = [half * (1 - i / 3.6) ** 0.9 for half in (1, 0.5) for i in range(3)]
     assert [r["lr"] / log[0]["lr"] for r in log] == approx(rates)
     assert all(r["data_seconds"] > 0 for r in log)
@@ -1628,8 +1286,6 @@ def test_bcl_files_and_log(trained, scenes):
         covered = [r[kind]["coverage"] for kind in ("static", "dynamic", "hybrid")]
         assert 0 < covered[0] < 50 and max(covered[:2]) <= covered[2] <= 100
         assert 10 <= r["train_static_coverage"] < 50  # ratio 0.1
-        for kind, key in product(("static", "dynamic", "hybrid"), ("coverage", "accuracy")):
-            assert len(r[kind][f"{key}_per_class"]) == 19 and 0 <= r[kind][key] <= 100
 
 
 def test_static_labels_are_the_most_confident_pixels(trained, scenes):
@@ -1648,45 +1304,6 @@ def test_static_labels_are_the_most_confident_pixels(trained, scenes):
     assert all(picture.getpalette()[:3] == [128, 64, 128] for picture in found)
 
 
-ABLATIONS = [  # flags of two runs; what only the second has; does that change the weights?
-    ("--labels static", "--tau 1", False),  # dynamic labels are not used
-    ("--labels static", "--label-bn running", True),
-    ("--labels dynamic", "--static-ratio 0.5", False),  # nor static ones
-    ("--labels hybrid", "--tau 1", True),
-    ("--labels hybrid", "--static-ratio 0.5", True),
-    ("--labels dynamic --no-calibrate", "--momentum 0", False),  # the EMA does not matter
-    ("--labels dynamic", "--momentum 0", True),
-    ("--labels dynamic", "--no-calibrate", True),
-    ("--lambda-fcl 0 --lambda-bcl 0", "--temperature 0.5", False),
-    ("--lambda-fcl 0", "--temperature 0.5", True),
-    ("--lambda-bcl 0", "--temperature 0.5", True),
-    ("--lambda-fcl 0 --lambda-bcl 0 --target-weight 0", "--labels static", False),  # the control
-]
-
-
-@pytest.fixture(scope="session")
-def ablation(trained, scenes, tmp_path_factory):
-    """ablation(flags) -> weights after one short round from the warm-up; each is run once."""
-    setup = "--warmup-iters 0 --rounds 1 --lr 1e-2 --tau 0.6 --lambda-fcl 0.7 --lambda-bcl 0.7"
-    setup = [*BCL, *setup.split(), "--lambda-ent", 0, "--init", trained(bcl) / "warmup/last.pth"]
-
-    @functools.cache
-    def train(flags):
-        out = tmp_path_factory.mktemp("ablation")
-        with mock.patch.multiple(bcl, report_labels=mock.DEFAULT, draw_labels=mock.DEFAULT):
-            with mock.patch.object(common, "write_panel"):
-                succeed(bcl, "--data-root", scenes, *setup, *flags.split(), "--out", out)
-        return last(out)["model"]
-
-    return train
-
-
-@pytest.mark.parametrize("flags, switch, matters", ABLATIONS)
-def test_each_switch_changes_what_it_names(flags, switch, matters, ablation):
-    changed = difference(ablation(flags), ablation(f"{flags} {switch}")) > 0
-    assert changed == matters
-
-
 @pytest.mark.parametrize("source, coverage", [("gta5", 100), ("synthia", 0)])
 def test_classes_that_the_source_lacks_get_no_label(source, coverage, scenes):
     """A network that sees terrain everywhere, of which SYNTHIA has no pixel."""
@@ -1701,20 +1318,6 @@ def test_classes_that_the_source_lacks_get_no_label(source, coverage, scenes):
     assert record["train_static_coverage"] == record["static"]["coverage"] == coverage
     values = {v for p in Path("run/round0/labels").rglob("*.png") for v in np.unique(read(p))}
     assert values == {9 if coverage else 255}
-
-
-@pytest.mark.parametrize("module, term", [(intrada, "loss_seg_main"), (bcl, "loss_ce_source")])
-def test_a_batch_without_a_labelled_pixel(module, term, broken):
-    for path in sorted((broken / "GTA5/labels").iterdir())[1:]:  # with none left it is refused
-        draw(path, 1, (64, 64))
-    more = ["--stage", 1] if module is intrada else ["--warmup-iters", 0, "--rounds", 1]
-    flags = [*FLAGS[module], *more, "--batch-size", 1, "--out", "run"]
-    succeed(module, "--data-root", broken, *flags)
-    folder = Path("run/stage1") if module is intrada else Path("run")
-    empty = [r for r in records(folder) if r[term] == 0]
-    assert empty and all(math.isfinite(v) for r in empty for k, v in r.items() if "loss" in k)
-    if module is bcl:
-        assert all(r["loss_fcl"] == r["loss_bcl"] == 0 for r in empty)
 
 
 # ====================================================================== going on
@@ -1770,16 +1373,12 @@ def assert_same_run(module, whole):
 
 
 @BOTH
-@pytest.mark.parametrize("labels", ["garbage", "deleted"])
-def test_training_opens_no_target_label(module, labels, broken, trained):
-    folder = broken / "Cityscapes/gtFine/train"
-    for path in folder.rglob("*.png"):
+def test_training_opens_no_target_label(module, broken, trained):
+    """Nor does evaluation change what is trained."""
+    for path in (broken / "Cityscapes/gtFine/train").rglob("*.png"):
         path.write_bytes(b"garbage")
-    if labels == "deleted":
-        shutil.rmtree(folder)
-    with mock.patch.object(common, "write_panel"):
-        flags = [*FLAGS[module], "--eval-every", 0, "--out", "run"]
-        succeed(module, "--data-root", broken, *flags)
+    flags = ["--data-root", broken, *FLAGS[module], "--eval-every", 0, "--out", "run"]
+    succeed(module, *flags)
     for stage in STAGES[module]:
         assert same(last(Path("run", stage))["model"], last(trained(module) / stage)["model"])
 
@@ -1843,133 +1442,100 @@ def test_data_may_move_but_not_change(module, trained, broken):
     flags = [*FLAGS[module], "--out", "run", "--data-root"]
     stopped(module, 4, [*flags, broken])
     moved = broken.rename(broken.with_name("moved"))
-    label = moved / "GTA5/labels/00001.png"
-    content = label.read_bytes()
-    label.write_bytes(content + b"\0")
-    refuses(module, [*flags, moved], "images")
-    label.write_bytes(content)
     succeed(module, *flags, moved)
     assert_same_run(module, trained(module))
+    next((moved / "GTA5/labels").iterdir()).write_bytes(b"of another size")
+    refuses(module, [*flags, moved], "")
 
 
-def labels_json(**changes):
-    path = Path("run/round1/labels.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def edit_labels(round_, kind):
+    about = json.loads((round_ / "labels.json").read_text())
+    if kind == "of round 0":
+        shutil.rmtree(round_)
+        shutil.copytree(round_.with_name("round0"), round_)
+    elif kind == "flipped":
+        path = next(round_.rglob("*.png"))
+        common.write_png(path, read(path) % 18)
+    elif kind == "cut":
+        (round_ / "labels.json").write_text("{")
+    else:  # thresholds of the wrong number
+        about["thresholds"] = [3, 4]
+        (round_ / "labels.json").write_text(json.dumps(about))
 
 
-def labels_of_round_0():
-    shutil.rmtree("run/round1")
-    shutil.copytree("run/round0", "run/round1")
-
-
-def flip_a_label():
-    path = next(Path("run/round1/labels").rglob("*.png"))
-    common.write_png(path, read(path) % 18)
-
-
-LABEL_DAMAGES = {
-    "of round 0": labels_of_round_0,
-    "flipped": flip_a_label,
-    "json cut": lambda: Path("run/round1/labels.json").write_text("{"),
-    "no thresholds": lambda: labels_json(thresholds=None),
-    "short thresholds": lambda: labels_json(thresholds=[3, 4]),
-    "text coverage": lambda: labels_json(coverage="all"),
-}
-
-
-@pytest.fixture(scope="session")
-def stopped_bcl(scenes, tmp_path_factory):
-    """BCL stopped within its second round, and at that round's start with its labels made."""
-    flags = ["--data-root", scenes, *BCL, "--out"]
-    within, border = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("stopped")
-    stopped(bcl, 2 + 4, [*flags, within])  # after 2 of the warm-up
+@pytest.mark.parametrize("kind", ["of round 0", "flipped", "cut", "thresholds"])
+def test_static_labels_that_do_not_fit_are_refused(kind, scenes):
+    """Within the second round, and at its start with its labels made."""
+    flags = ["--data-root", scenes, *BCL, "--out", "run"]
     with at_call(bcl, "report_labels", 2, die), pytest.raises(Killed):
-        call(bcl, *flags, border)
-    assert last(within)["iter"] == 4 and last(border)["iter"] == 3 and (border / "round1").exists()
-    return {"within": within, "border": border}
-
-
-@pytest.mark.parametrize("where", ["within", "border"])
-@pytest.mark.parametrize("damage", LABEL_DAMAGES.values(), ids=LABEL_DAMAGES)
-def test_static_labels_that_do_not_fit_are_refused(damage, where, stopped_bcl, scenes):
-    shutil.copytree(stopped_bcl[where], "run")
-    damage()
-    refuses(bcl, ["--data-root", scenes, *BCL, "--out", "run"], "run/round1")
+        call(bcl, *flags)
+    shutil.copytree("run", "border")
+    stopped(bcl, 1, flags)
+    assert last("run")["iter"] == 4 and last("border")["iter"] == 3
+    for out in ("run", "border"):
+        edit_labels(Path(out, "round1"), kind)
+        refuses(bcl, [*flags[:-1], out], f"{out}/round1")
 
 
 # ====================================================================== signals, disks, numbers
 
-MOMENTS = {  # (script, owner, function before whose so manieth call a signal comes)
-    "stage 1": (intrada, common.Log, "add", 2),
-    "stage 1's last evaluation": (intrada, common, "evaluate", 2),
-    "ranking": (intrada, common, "write_png", 4),
-    "stage 3": (intrada, common.Log, "add", 6),
-    "the warm-up's evaluation": (bcl, common, "evaluate", 1),
-    "labels": (bcl, common, "write_png", 4),
-    "label statistics": (bcl, bcl, "label_statistics", 2),
-    "second round": (bcl, common.Log, "add", 6),
-}
+MOMENTS = [  # (script, owner, function before whose so manieth call a signal comes)
+    (intrada, common.Log, "add", 2), (intrada, common, "evaluate", 2),
+    (intrada, common, "write_png", 4), (intrada, common.Log, "add", 6),
+    (bcl, common, "evaluate", 1), (bcl, common, "write_png", 4),
+    (bcl, bcl, "label_statistics", 2), (bcl, common.Log, "add", 6),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_stops_a_run(moment, scenes, trained):
+@pytest.mark.parametrize("module, owner, name, count", MOMENTS)
+def test_a_signal_stops_a_run(module, owner, name, count, scenes, trained):
     """It leaves with 128 + the signal's number, trains at most one more iteration, and goes on."""
-    module, owner, name, count = MOMENTS[moment]
-    number = signal.SIGINT if moment in ("stage 1", "labels") else signal.SIGTERM
+    number = signal.SIGINT if name == "write_png" else signal.SIGTERM
     flags = ["--data-root", scenes, *FLAGS[module], "--out", "run"]
     sent = []
     late = []
     real = common.Log.add
 
-    def add(log, *args, **losses):
+    def add(*args, **losses):
         late.extend(sent)
-        return real(log, *args, **losses)
+        return real(*args, **losses)
 
     def send():
         sent.append(number)
         signal.raise_signal(number)
 
     with mock.patch.object(common.Log, "add", add), at_call(owner, name, count, send):
-        status, _, err = call(module, *flags)
-    assert sent and status == 128 + number and len(late) <= 1, err
+        assert call(module, *flags)[0] == 128 + number
+    assert sent and len(late) <= 1
     succeed(module, *flags)
     assert_same_run(module, trained(module))
 
 
-def started(scenes, *more):
-    """A long stage 1 in a process group of its own, with reading processes."""
+def test_ctrl_c_saves_and_kill_9_leaves_no_lock(scenes):
+    """Ctrl-C reaches the whole group, reading processes included; those of the process that is
+    killed live on for a while."""
     long = "--stage 1 --eval-every 0 --max-iters 100000 --stop-iters 100000 --workers 2 --out run"
-    flags = ["--data-root", scenes, *INTRADA, *long.split(), *more]
-    command = [sys.executable, HERE / "intrada.py", *map(str, flags)]
+    flags = ["--data-root", scenes, *INTRADA, *long.split(), "--save-every", 4]
+    command = [sys.executable, *map(str, [HERE / "intrada.py", *flags])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen(command, start_new_session=True, **pipes)
-    while "stage1 5/" not in running.stdout.readline():
-        assert running.poll() is None, running.stderr.read()
-    return running, flags
-
-
-def test_one_run_per_folder_also_after_kill_9(scenes):
-    """The readers of the killed process live on for a while: the lock must not."""
-    running, flags = started(scenes)
-    try:
+    for number in (signal.SIGINT, signal.SIGKILL):
+        running = subprocess.Popen(command, start_new_session=True, **pipes)
+        for _ in range(8):  # of which the first does not report an iteration
+            running.stdout.readline()
         refuses(intrada, flags, "--out run")
-    finally:
-        running.kill()
-        running.communicate()
+        if number == signal.SIGINT:
+            os.killpg(running.pid, number)
+        else:
+            running.kill()
+        _, err = running.communicate(timeout=60)
+        if number == signal.SIGINT:
+            assert running.returncode == 130 and "Traceback" not in err, err
+            assert last("run/stage1")["iter"] == records("run/stage1")[-1]["iter"] >= 5
     common.write_text("run/.123.tmp", "half a file")
     stopped(intrada, 2, flags)
     assert not Path("run/.123.tmp").exists()
     starts = [r["iter"] for r in records("run/stage1", "start")]
-    assert len(starts) == 2 and starts[1] >= 4 and last("run/stage1")["iter"] == starts[1] + 2
-
-
-def test_ctrl_c_saves_first(scenes):
-    """Sent to the whole group, readers included, as a terminal does."""
-    running, _ = started(scenes, "--save-every", 100000)
-    os.killpg(running.pid, signal.SIGINT)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 130 and "same command again" in err and "Traceback" not in err
-    assert last("run/stage1")["iter"] == records("run/stage1")[-1]["iter"] >= 5
+    assert len(starts) == 3 and last("run/stage1")["iter"] == starts[2] + 2 >= starts[1] + 6
 
 
 @BOTH
@@ -1991,14 +1557,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(module, trained, scenes):
     assert_same_run(module, trained(module))
 
 
-def test_a_loss_that_is_not_finite_is_named(scenes):
+def test_what_is_not_finite_is_named_and_not_saved(scenes):
     real = intrada.domain_loss
-    seen = []
+    calls = iter(range(100))
 
-    def broken_loss(logits, domain):
-        seen.append(domain)
-        factor = math.nan if len(seen) == 4 * 6 + 1 else 1  # the fifth iteration; 6 calls in each
-        return real(logits, domain) * factor
+    def broken_loss(logits, domain):  # the fifth iteration; 6 calls in each
+        return real(logits, domain) * (math.nan if next(calls) == 4 * 6 else 1)
 
     flags = "--stage 1 --max-iters 9 --stop-iters 9 --log-every 8 --save-every 4 --eval-every 0"
     flags = ["--data-root", scenes, *INTRADA, *flags.split(), "--out", "run", "--seed", 3]
@@ -2010,12 +1574,9 @@ def test_a_loss_that_is_not_finite_is_named(scenes):
         for _, index in common.EndlessSampler(len(names), seed, 4, 5, 2):
             assert names[index] in err
     assert last("run/stage1")["iter"] == 4  # from before
-
-
-def test_weights_that_are_not_finite_are_not_saved(scenes):
-    flags = ["--data-root", scenes, *BCL, "--warmup-iters", 0, "--out", "run", "--log-every", 100]
+    flags = ["--data-root", scenes, *BCL, "--warmup-iters", 0, "--out", "bcl", "--log-every", 100]
     refuses(bcl, [*flags, "--lr", 1e6, "--save-every", 1], "not finite")
-    assert all(tensor.isfinite().all() for tensor in last("run")["model"].values())
+    assert all(tensor.isfinite().all() for tensor in last("bcl")["model"].values())
 
 
 # ====================================================================== processes and precision
@@ -2077,82 +1638,48 @@ def test_two_processes_follow_one(scenes, warm):
     refuses(intrada, flags, "processes")
 
 
-def stage1_from(scenes, init, out, *flags):
-    """Losses of a few iterations of stage 1 from given weights, and the last checkpoint."""
-    more = ["--stage", 1, "--init", init, "--eval-every", 0, "--out", out]
-    with mock.patch.object(common, "write_panel"):
-        succeed(intrada, "--data-root", scenes, *INTRADA, *more, *flags)
-    return terms(Path(out, "stage1")), last(Path(out, "stage1"))
-
-
-def test_bfloat16_follows_float32(scenes, warm):
-    a, _ = stage1_from(scenes, warm, "one", "--no-amp")
-    b, state = stage1_from(scenes, warm, "two", "--amp")
-    assert len(a) == 4 and a != b and np.allclose(a, b, rtol=0.03)
-    assert all(p.dtype != torch.bfloat16 for p in state["model"].values())
-
-
-def test_compiled_follows_eager(scenes, warm):
-    """Traced and differentiated as always, but run without generated code, which takes a minute."""
-    a, one = stage1_from(scenes, warm, "one", "--no-compile")
-    real = functools.partial(torch.compile, backend="aot_eager")
+@pytest.mark.parametrize("flags, tolerance", [
+    ("--amp", 0.03), ("--compile", 1e-4),
+    *([(f"--device cuda {more}", 0.03) for more in ("--no-amp", "--amp --compile")] * CUDA),
+])  # fmt: skip
+def test_fast_ways_follow_float32_on_the_cpu(flags, tolerance, scenes, warm):
+    """On the CPU compiled code is traced and differentiated, but not generated: that takes long."""
+    options = ["--data-root", scenes, *INTRADA, "--stage", 1, "--init", warm, "--eval-every", 0]
+    succeed(intrada, *options, "--out", "a")
+    backend = "inductor" if "cuda" in flags else "aot_eager"
+    real = functools.partial(torch.compile, backend=backend)
     with mock.patch.object(torch, "compile", side_effect=real) as compiled:
-        b, two = stage1_from(scenes, warm, "two", "--compile")
-    assert compiled.call_count >= 3 and np.allclose(a, b, rtol=1e-4)  # G, I and CE
-    assert difference(one["model"], two["model"]) < 1e-4  # and the names are the same
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("flags", ["--no-amp", "--amp", "--amp --compile"])
-def test_cuda_follows_the_cpu(flags, scenes, warm):
-    on_gpu = ["--device", "cuda", *flags.split()]
-    a, _ = stage1_from(scenes, warm, "cpu")
-    b, _ = stage1_from(scenes, warm, "cuda", *on_gpu)
-    assert np.allclose(a, b, rtol=0.03)
-    assert records("cuda/stage1")[-1]["peak_memory_mb"] < 1000
-    succeed(intrada, "--data-root", scenes, *INTRADA, "--out", "all", *on_gpu)
-    succeed(bcl, "--data-root", scenes, *BCL, "--out", "bcl", *on_gpu)
-    assert np.isfinite(terms("bcl")).all()
+        succeed(intrada, *options, "--out", "b", *flags.split())
+    a, b = terms("a/stage1"), terms("b/stage1")
+    assert len(a) == 4 and np.allclose(a, b, rtol=tolerance)
+    assert "--amp" not in flags or a != b
+    assert (compiled.call_count >= 3) == ("--compile" in flags)  # G, I and CE
+    one, other = last("a/stage1")["model"], last("b/stage1")["model"]
+    assert difference(one, other) < tolerance
+    assert all(one[name].dtype == other[name].dtype for name in one)
+    if "cuda" in flags:
+        succeed(bcl, "--data-root", scenes, *BCL, "--out", "bcl", *flags.split())
+        assert np.isfinite(terms("bcl")).all()
 
 
 # ====================================================================== pictures
 
 
-def cells_of(path, columns):
-    """{(row, column): (128,128,3)} of a grid of pictures."""
-    sheet = np.asarray(Image.open(path).convert("RGB"))
-    assert sheet.shape[1] == columns * 130 + 2
-    cells = {}
-    for row, column in product(range((sheet.shape[0] - 22) // 130), range(columns)):
-        y, x = 22 + row * 130, 2 + column * 130
-        cells[row, column] = sheet[y : y + 128, x : x + 128]
-    return cells
-
-
 def test_training_leaves_pictures(trained, scenes):
-    """image, ground truth, prediction of each stage, entropy; the ranking's; BCL's labels."""
-    validation = common.validation_set("cityscapes", scenes / "Cityscapes", 19, (64, 64))
-    known = []
-    for index in range(len(validation)):
-        image, label = validation.open(index)
-        truth = common.colour(np.asarray(label.resize((128, 128), Image.NEAREST)), 19)
-        known.append((np.asarray(image.resize((128, 128), Image.BICUBIC)), truth))
-    for module in (intrada, bcl):
-        cells = cells_of(trained(module) / "panel.png", 5)
-        assert len(cells) == 4 * 5
-        for row in range(4):
-            pair = (cells[row, 0], cells[row, 1])
-            assert any(all(map(np.array_equal, pair, other)) for other in known)
-            grey = cells[row, 4]
-            assert (grey[..., 0] == grey[..., 2]).all() and len(np.unique(grey)) > 1
-            colours = {tuple(c) for k in (2, 3) for c in cells[row, k].reshape(-1, 3).tolist()}
-            assert colours <= {tuple(c) for c in common.PALETTE.tolist()}
-    assert len(cells_of(trained(intrada) / "stage2/gallery.png", 3)) == 3 * 6
-    labels = cells_of(trained(bcl) / "labels.png", 7)
-    # one target image beside two source images: dynamic labels change, static ones do not
-    for column, equal in enumerate((False, False, True, True, False, None, True)):
-        assert equal in (None, np.array_equal(labels[0, column], labels[1, column])), column
-    assert np.array_equal(labels[0, 2], known[0][0]) and np.array_equal(labels[0, 6], known[0][1])
+    """Grids, 22 pixels above; BCL's figure is one target image beside two source images."""
+    sheets = [trained(module) / "panel.png" for module in (intrada, bcl)]
+    sheets += [trained(intrada) / "stage2/gallery.png", trained(bcl) / "labels.png"]
+    sheets = [np.asarray(Image.open(path).convert("RGB")) for path in sheets]
+    grids = [((sheet.shape[0] - 22) / 130, (sheet.shape[1] - 2) / 130) for sheet in sheets]
+    assert grids == [(4, 5), (4, 5), (6, 3), (2, 7)]
+    rows = [sheets[3][y : y + 128] for y in (22, 152)]
+    cells = [[row[:, 2 + 130 * c :][:, :128] for c in range(7)] for row in rows]
+    image, label = common.validation_set("cityscapes", scenes / "Cityscapes", 19, None).open(0)
+    truth = common.colour(np.asarray(label.resize((128, 128), Image.NEAREST)), 19)
+    assert np.array_equal(cells[0][2], image.resize((128, 128), Image.BICUBIC))
+    assert np.array_equal(cells[0][6], truth)
+    equal = [np.array_equal(a, b) for a, b in zip(*cells)]  # dynamic labels change, static do not
+    assert equal[:5] + equal[6:] == [False, False, True, True, False, True]
 
 
 # ====================================================================== bad input
@@ -2230,21 +1757,15 @@ TRAIN = "Cityscapes/leftImg8bit/train"
 A_TARGET = "aldenburg_000000_000019_leftImg8bit.png"
 BAD_DATA = [  # file or folder below the data root; what is done to it; what the message names
     (PICTURE, lambda path: path.write_bytes(HALF), "00001.png"),
-    (PICTURE, filled(3000, np.uint16), "00001.png"),
-    (PICTURE, replaced(os.mkfifo), "00001.png"),
-    (PICTURE, replaced(lambda path: path.symlink_to("nowhere")), "00001.png"),
-    (ITS_LABEL, lambda path: path.write_bytes(b"<html>"), "00001.png"),
-    (ITS_LABEL, Path.unlink, "00001"),
-    (ITS_LABEL, filled(128), "128"),
-    ("GTA5/labels", each(filled(1)), "00001.png"),
-    ("GTA5/labels", each(as_trainids), "trainIds"),
-    ("GTA5", shutil.rmtree, "GTA5"),
-    ("Cityscapes/gtFine/val", each(filled(255)), "gtFine/val"),
+    (PICTURE, filled(3000, np.uint16), "00001.png"), (PICTURE, replaced(os.mkfifo), "00001.png"),
+    (ITS_LABEL, Path.unlink, "00001"), (ITS_LABEL, filled(128), "128"),
+    ("GTA5/labels", each(filled(1)), "00001.png"), ("GTA5/labels", each(as_trainids), "trainIds"),
+    ("GTA5", shutil.rmtree, "GTA5"), ("Cityscapes/gtFine/val", each(filled(255)), "gtFine/val"),
     ("Cityscapes/gtFine/val", each(as_trainids), "gtFine/val"),
     (TRAIN, shutil.rmtree, "leftImg8bit"),
     (f"{TRAIN}/aldenburg/{A_TARGET}", lambda path: path.write_bytes(HALF), A_TARGET),
     (TRAIN, lambda path: filled(9)(path / "a\nb_leftImg8bit.png"), "rename"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, change, culprit", BAD_DATA, ids=text_of)
@@ -2267,16 +1788,6 @@ def test_a_reading_process_passes_its_sentence_on(broken):
     done = process(HERE / "intrada.py", "--data-root", broken, *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and ".png" in done.stderr
-
-
-def test_a_flipped_bit_in_a_checkpoint_is_refused(trained, scenes):
-    shutil.copytree(trained(intrada), "run")
-    path = Path("run/stage1/last.pth")
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    for content in (damaged, damaged[:-9]):
-        path.write_bytes(content)
-        refuses(intrada, ["--data-root", scenes, *INTRADA, "--out", "run"], str(path))
 
 
 # ====================================================================== eval.py: labelled images
@@ -2334,17 +1845,25 @@ def test_scores_pictures_and_label_ids(scenes):
     assert len(list(Path("ids").iterdir())) == 5 and Image.open("panel.png").width > 128
 
 
-def test_newest_checkpoint_subset_and_size_of_the_checkpoint(scenes):
+def test_newest_checkpoint_subset_and_branches(scenes):
+    network = noisy_network()
     ages = {"b/last.pth": 30, "a/stage3/last.pth": 10, "c/last.pth": 20, "d/best.pth": 0}
     for name, age in ages.items():
-        save(f"runs/{name}", noisy_network(), (96, 32))
+        save(f"runs/{name}", network, (96, 32))
         os.utime(f"runs/{name}", (1e9 - age, 1e9 - age))
-    out = succeed(eval_script, "--data-root", scenes, *CPU)
-    assert "runs/a/stage3/last.pth" in out and "5 images" in out and "input 96x32" in out
     names = [name.split("/")[-1] for name in val_pairs(scenes)]
     Path("names.txt").write_text("\n".join(names[:2]))
-    flags = ["--data-root", scenes, "--subset", "names.txt", *CPU]
-    assert "2 images" in succeed(eval_script, *flags)
+    flags = ["--data-root", scenes, "--subset", "names.txt", "--json", "x.json", *CPU]
+    out = succeed(eval_script, *flags)
+    assert "runs/a/stage3/last.pth" in out and "2 images" in out and "input 96x32" in out
+    succeed(eval_script, *flags, "--branches", 2)  # is the network whose other branches are 0
+    two = json.loads(Path("x.json").read_text())["confusion"]
+    for conv in network.layer6.conv2d_list[2:]:
+        conv.weight.data.zero_()
+        conv.bias.data.zero_()
+    save("runs/new/last.pth", network, (96, 32))
+    succeed(eval_script, *flags)
+    assert json.loads(Path("x.json").read_text())["confusion"] == two
 
 
 def test_test_labels_are_not_read():
@@ -2356,14 +1875,17 @@ def test_test_labels_are_not_read():
         succeed(eval_script, *flags, "--label-ids", "ids")
     ids = read("ids/berlin_000000_000019_pred_labelIds.png")
     assert ids.shape == (50, 100) and set(np.unique(ids)) <= set(CITYSCAPES_IDS)
-    refuses(eval_script, flags, "gtFine")  # asks for labels
+    refuses(eval_script, flags, "test labels are dummies")
     refuses(eval_script, [*flags, "--label-ids", "ids", "--json", "x.json"], "--json")
 
 
 def test_sixteen_classes_are_scored_on_cityscapes(scenes):
+    """Published ones have SYNTHIA's classes; our own of 16 have those of a plain folder."""
     network = noisy_network(0, 16)
     save("net.pth", network)
-    flags = ["--ckpt", "net.pth", "--data-root", scenes, *CPU]
+    flags = ["--ckpt", "net.pth", "--data-root", scenes, "--input-size", "64x64", *CPU]
+    refuses(eval_script, flags, "16 classes")
+    torch.save(network.state_dict(), "net.pth")
     out = succeed(eval_script, *flags, "--json", "x.json", "--save-dir", "m", "--panel", "p.png")
     found = json.loads(Path("x.json").read_text())
     assert "miou19" not in found and "mIoU 19" not in out and found["iou"]["truck"] is None
@@ -2371,22 +1893,6 @@ def test_sixteen_classes_are_scored_on_cityscapes(scenes):
     for name, (image, _) in val_pairs(scenes).items():
         prediction = np.array(common.SUBSET_16)[plain_logits(network, image).argmax(0)]
         assert (read(f"m/{name}_trainids.png") != prediction).mean() < 2e-3
-
-
-def test_two_branches(scenes):
-    """--branches 2 is the network whose other branches are 0."""
-    network = noisy_network()
-    save("four.pth", network)
-    for conv in network.layer6.conv2d_list[2:]:
-        conv.weight.data.zero_()
-        conv.bias.data.zero_()
-    save("two.pth", network)
-    tables = []
-    for flags in (["two.pth"], ["four.pth", "--branches", 2], ["four.pth"]):
-        flags = ["--ckpt", *flags, "--data-root", scenes, "--json", "x.json", *CPU]
-        succeed(eval_script, *flags)
-        tables.append(json.loads(Path("x.json").read_text())["confusion"])
-    assert tables[0] == tables[1] != tables[2]
 
 
 def test_a_plain_folder_with_names_of_its_own():
@@ -2398,15 +1904,6 @@ def test_a_plain_folder_with_names_of_its_own():
     out = succeed(eval_script, *flags)
     assert "hen" in out and "mIoU 3" in out
     refuses(eval_script, [*flags, "--label-ids", "ids"], "--label-ids")
-
-
-@pytest.mark.parametrize("paths, titles", [
-    ("a/last.pth", "prediction"), ("runs/a/s1/last.pth runs/a/s3/last.pth", "s1 s3"),
-    ("x/a.pth x/b.pth", "a.pth b.pth"), ("a.pth x/a.pth", "a.pth x/a.pth"),
-    ("r/a/s1/last.pth r/a/s3/best.pth", "s1/last.pth s3/best.pth"),
-])  # fmt: skip
-def test_column_titles(paths, titles):
-    assert eval_script.column_titles([Path(path) for path in paths.split()]) == titles.split()
 
 
 # ====================================================================== eval.py: your images
@@ -2430,7 +1927,7 @@ def test_images_of_any_kind():
     Path("in/notes.txt").write_text("no image")
     flags = ["--ckpt", "net.pth", "--images", "in", "oth*/*", "other/deep.png", *CPU, "--save-dir"]
     status, out, err = call(eval_script, *flags, "out")
-    assert status == 2 and "in/broken.jpg" in err and "1 of 5" in err and "4 images" in out
+    assert status == 2 and "in/broken.jpg" in err and "1 images" in err and "4 images" in out
     pixels = {
         "a/b/turned": np.rot90(rgb, -1),
         "palette": np.array(Image.open("in/palette.png").convert("RGB")),
@@ -2483,7 +1980,7 @@ def test_outputs_stay_in_their_folder_and_overwrite_no_input(scenes):
 
 def write_log(path, stage, seed, values, iters=20, classes=common.CLASSES, **settings):
     """A made-up log: mIoU `values` at iterations 10, 20, ...; road has twice that."""
-    settings = {"seed": str(seed), "source": "gta5", "images": f"{seed:016x}", **settings}
+    settings = {"seed": str(seed), "source": "gta5", "ranking": f"{seed:016x}", **settings}
     lines = [{"iter": 0, "event": "start", "stage": stage, "iters": iters, "settings": settings}]
     for i, value in enumerate(values, 1):
         iou = {**dict.fromkeys(classes), classes[0]: 2 * value}
@@ -2555,10 +2052,8 @@ def test_curves():
             refuses(eval_script, flags, "pip install matplotlib")
     refuses(eval_script, ["--curves", "run"], "run/stage1")
     pytest.importorskip("matplotlib")
-    assert "run/stage1/curves.png" in succeed(eval_script, "--curves", "run/stage1")
+    succeed(eval_script, "--curves", "run/stage1")
     assert Image.open("run/stage1/curves.png").width > 500
-    Path("run/empty.jsonl").write_text("")
-    refuses(eval_script, ["--curves", "run/empty.jsonl"], "run/empty.jsonl")
 
 
 # ====================================================================== eval.py: features
@@ -2570,7 +2065,8 @@ def test_features(scenes):
     save("net.pth", network)
     flags = ["--ckpt", "net.pth", "--data-root", scenes, *CPU, "--features", "a.npz"]
     with mock.patch.object(eval_script, "FEATURE_POINTS", 7):
-        assert "a.npz" in succeed(eval_script, *flags)
+        succeed(eval_script, *flags, *["--tsne"] * SKLEARN)
+    assert not SKLEARN or Image.open("a.png").width > 500
     found = np.load("a.npz")
     assert found["features"].dtype == np.float32 and list(found["names"]) == list(common.CLASSES)
     trees = (("gta5", "GTA5", "train"), ("cityscapes", "Cityscapes", "val"))
@@ -2581,26 +2077,21 @@ def test_features(scenes):
             with torch.no_grad():
                 f = network(common.normalize(read_rgb(image))).features[0]
             y = torch.from_numpy(np.array(common.read_label(label, kind, 19)))[None]
-            features.append(f.flatten(1).T.numpy())
+            features.append(f.flatten(1).T)
             labels.append(picked(y, f.shape[1]).flatten())
-        features = np.concatenate(features)
-        labels = np.concatenate(labels)
-        scale = np.abs(features).max()
+        features, labels = torch.cat(features), torch.cat(labels)
+        tolerance = 1e-5 * features.abs().max()
         for c in range(19):
             own = (found["domain"] == domain) & (found["label"] == c)
-            points = found["features"][own & ~found["is_prototype"]]
-            prototype = found["features"][own & found["is_prototype"]]
+            points = torch.from_numpy(found["features"][own & ~found["is_prototype"]])
+            prototype = torch.from_numpy(found["features"][own & found["is_prototype"]])
             every = features[labels == c]
             assert len(points) == min(7, len(every)) and len(prototype) == min(1, len(every))
             if len(every):
-                distances = np.abs(every[None] - points[:, None]).max(2)
-                assert distances.min(1).max() < 1e-5 * scale
-                assert len(np.unique(distances.argmin(1))) == len(points)
-                assert np.allclose(prototype[0], every.mean(0), atol=1e-5 * scale)
-    pytest.importorskip("sklearn")
-    with mock.patch.object(eval_script, "FEATURE_POINTS", 7):
-        succeed(eval_script, *flags, "--tsne")
-    assert Image.open("a.png").width > 500
+                nearest = (every[None] - points[:, None]).abs().amax(2).min(1)
+                assert nearest.values.max() < tolerance
+                assert len(nearest.indices.unique()) == len(points)
+                assert torch.allclose(prototype[0], every.mean(0), atol=tolerance)
 
 
 # ====================================================================== eval.py: refusals
@@ -2612,7 +2103,7 @@ REFUSED = [  # flags, what the message names
     ("--images file", "--save-dir"), ("--images file --compare file", "--compare"),
     ("--compare file --json x", "--json"), ("--curves file --save-dir=x", "--save-dir"),
     ("--json x --tsne", "--tsne"), ("--source gta5", "--source"), ("--compare nowhere", "nowhere"),
-    ("--compare folder", "folder"), ("--curves nowhere", "nowhere"), ("--features a.txt", "a.txt"),
+    ("--compare folder", "folder"), ("--features a.txt", "a.txt"),
     ("--ckpt net.pth --images nowhere.png --save-dir out", "nowhere.png"),
     ("--ckpt net.pth --images *.jpg --save-dir out", "*.jpg"),
     ("--ckpt net.pth --images folder --save-dir out", "folder"),
@@ -2653,7 +2144,6 @@ def test_demo_says_so_first(scenes):
         for module, flags in ((intrada, ["--stage", 1]), (bcl, ["--rounds", 1])):
             first = succeed(module, *FLAGS[module], *flags).splitlines()[0]
             assert "Demo" in first and "--data-root" in first
-    assert Path("data/scenes/GTA5").is_dir()
     assert Path("runs/intrada/stage1/last.pth").exists() and Path("runs/bcl/last.pth").exists()
 
 
