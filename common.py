@@ -1444,6 +1444,10 @@ def due(it: int, every: int, iters: int) -> bool:
     return it == iters or (it > 0 and every > 0 and it % every == 0)
 
 
+def is_count(value) -> bool:
+    return isinstance(value, int) and 0 <= value < 10**12
+
+
 def check_settings(folder, settings: dict):
     """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
     path = Path(folder) / "last.pth"
@@ -1452,7 +1456,7 @@ def check_settings(folder, settings: dict):
     other = "choose another --out or remove the folder"
     content = read_checkpoint(path)
     found = content.get("settings")
-    ours = content.get("format") == FORMAT and content.get("iter") in range(10**12)
+    ours = content.get("format") == FORMAT and is_count(content.get("iter"))
     if not ours or not isinstance(found, dict):
         raise UserError(f"{path} is no training checkpoint of this version: {other}")
     for name, value in settings.items():
@@ -1512,7 +1516,7 @@ def read_log(path) -> list:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and record.get("iter") in range(10**12):
+            if isinstance(record, dict) and is_count(record.get("iter")):
                 records.append(record)
     return records
 
