@@ -708,8 +708,10 @@ def train(
 
         # ---- a new round, or the one to go on with: static labels and new batches
         if it == start or step == 0:
-            options = (args.batch_size, it, (round_ + 1) * iters, args.workers, device)
-            source_batches = common.Batches(source, args.seed, *options)
+            end = (round_ + 1) * iters
+            source_batches = common.Batches(
+                source, args.seed, args.batch_size, it, end, args.workers, device
+            )
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
@@ -730,7 +732,9 @@ def train(
                 target = common.Labelled(
                     pairs, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
                 )
-                target_batches = common.Batches(target, args.seed + 1, *options)
+                target_batches = common.Batches(
+                    target, args.seed + 1, args.batch_size, it, end, args.workers, device
+                )
             common.set_mode(G, args.bn)
 
         # ============================== the method ==============================
@@ -877,12 +881,13 @@ def main():
     if args.source == args.target == "folder":
         common.check_classes(source_root, target_root, args.num_classes)
 
-    def source(short_side: int, crop: int):
+    def source_at(short_side: int, crop: int):
         transform = augment(short_side, args.scales, crop, args.flip)
-        options = {"transform": transform, "seed": args.seed}
-        return common.Labelled(pairs, args.source, args.num_classes, **options)
+        return common.Labelled(
+            pairs, args.source, args.num_classes, transform=transform, seed=args.seed
+        )
 
-    labelled = source(args.short_side, args.crop)
+    labelled = source_at(args.short_side, args.crop)
     labelled.look()
     initial = common.initial_weights(args.init)
     if args.init not in ("none", "imagenet"):
@@ -897,12 +902,16 @@ def main():
     runs = {}
     if args.warmup_iters:
         runs["warm-up"] = args.out / "warmup"
-        inputs = (source(args.warmup_short_side, args.warmup_crop), None, validation, initial)
-        schedule = (1, args.warmup_iters, args.warmup_lr, device)
-        train(args, warmup_settings, *inputs, *schedule)
+        source = source_at(args.warmup_short_side, args.warmup_crop)
+        train(
+            args, warmup_settings, source, None, validation, initial,
+            1, args.warmup_iters, args.warmup_lr, device,
+        )  # fmt: skip
         initial = common.read_checkpoint(args.out / "warmup" / "last.pth")
-    schedule = (args.rounds, args.round_iters, args.lr, device)
-    train(args, settings, labelled, images, validation, initial, *schedule)
+    train(
+        args, settings, labelled, images, validation, initial,
+        args.rounds, args.round_iters, args.lr, device,
+    )  # fmt: skip
     runs["BCL"] = args.out
     if validation and common.rank() == 0:
         common.report(args.out, runs, validation, args.target_size, device, pixel_entropy)

@@ -333,10 +333,13 @@ def train(args, settings, folder, source, target, validation, initial, device):
     targets = f"{len(target)} target images" if target else "no target images"
     about = f"{len(source)} labelled images, {targets}, {report}"
     log = common.Log(folder, folder.name, about, start, iters, settings)
-    options = (args.batch_size, start, iters, args.workers, device)
-    source_batches = common.Batches(source, args.seed, *options)
+    source_batches = common.Batches(
+        source, args.seed, args.batch_size, start, iters, args.workers, device
+    )
     if target:
-        target_batches = common.Batches(target, args.seed + 1, *options)
+        target_batches = common.Batches(
+            target, args.seed + 1, args.batch_size, start, iters, args.workers, device
+        )
 
     common.set_mode(G, args.bn)
     if args.compile:
@@ -497,8 +500,11 @@ def rank_target(args, checkpoint: Path, images: dict, device):
         }
         common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
         shown = [dataset.names.index(name) for name in order[:3] + order[-3:]]
-        options = (dataset, shown, args.target_size, device, pixel_entropy)
-        common.write_panel(partial / "gallery.png", {"prediction": network}, *options)
+        gallery = partial / "gallery.png"
+        networks = {"prediction": network}
+        common.write_panel(
+            gallery, networks, dataset, shown, args.target_size, device, pixel_entropy
+        )
         with common.writing(folder):
             os.rename(partial, folder)
     common.wait_for_ranks()
