@@ -480,6 +480,57 @@ def test_network_is_the_papers_resnet():
     assert shapes.keys() == {"fc.weight", "fc.bias"}
 
 
+def released_list(net):
+    """The released optimizer's parameters: it walks modules(), in each of them parameters()."""
+    found = []
+    for part in (net.conv1, net.bn1, net.layer1, net.layer2, net.layer3, net.layer4):
+        for module in part.modules():
+            found += [p for p in module.parameters() if p.requires_grad]
+    return found
+
+
+def test_parameter_groups():
+    net = common.DeepLabV2(19, (3, 4, 23, 3), 2)
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    frozen = {id(p) for norm in norms for p in norm.parameters()}
+    assert {id(p) for p in net.parameters() if not p.requires_grad} == frozen
+    heads = {id(p) for head in (net.layer5, net.layer6) for p in head.parameters()}
+    listed = [id(p) for p in released_list(net)]
+    assert len(listed) == 314
+    for recipe, factors in (("released", [1, 3, 4, 10]), ("paper", [1, 1, 1, 10])):
+        groups = net.parameter_groups(recipe, 10)
+        assert [group["lr_factor"] for group in groups] == factors
+        ids = [[id(p) for p in group["params"]] for group in groups]
+        assert [len(part) for part in ids] == [1, 99, 4, 16]
+        assert sorted(sum(ids, [])) == sorted({id(p) for p in net.parameters()} - frozen)
+        assert set(ids[3]) == heads
+        for times, part in zip((1, 3, 4), ids):
+            assert all(listed.count(p) == times for p in part)
+
+
+def test_factors_follow_the_released_optimizer():
+    """1,000 steps on scalars: our factor against a list that holds the parameter so many times,
+    as torch 0.4.1 steps it: one entry after the other, all with one momentum buffer."""
+    groups = common.DeepLabV2(19, **NETWORK).parameter_groups("released", 10)
+    slopes = (0.1 + 0.1 * torch.randn(1_000)).tolist()  # gradients: a drift with noise
+    for group, times in zip(groups, (1, 3, 4)):
+        ours = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        optimizer = torch.optim.SGD([ours], lr=1, momentum=0.9, weight_decay=5e-4)
+        released = 1.0
+        buffer = 0.0
+        for it, slope in enumerate(slopes):
+            lr = 2.5e-4 * (1 - it / 250_000) ** 0.9
+            optimizer.param_groups[0]["lr"] = lr * group["lr_factor"]
+            ours.grad = torch.full_like(ours, slope)
+            optimizer.step()
+            gradient = slope
+            for _ in range(times):
+                gradient += 5e-4 * released  # in place: each entry decays the same gradient again
+                buffer = 0.9 * buffer + gradient
+                released -= lr * buffer
+        assert (ours.item() - 1) / (released - 1) == approx(1, abs=0.02)
+
+
 def test_network_forward():
     net = common.DeepLabV2(7, **NETWORK).eval()
     for width, height in ((1024, 512), (730, 70), (101, 64), (66, 39), (32, 32)):
