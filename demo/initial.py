@@ -33,18 +33,6 @@ LEARNING_RATE = 0.01
 RAMP = 100  # iterations in which the learning rate rises: the first gradients are large
 
 
-def learning_rate_factor(name):
-    """As the released code of both methods: 1 for conv1, 4 for shortcuts, 3 for other convolutions.
-
-    The heads have 1: from random weights the trunk needs the high rate as much as they do.
-    """
-    if name == "conv1.weight" or name.startswith(("layer5.", "layer6.")):
-        return 1.0
-    if "downsample" in name:
-        return 4.0
-    return 3.0
-
-
 def draw_all():
     """All scenes: images (N,3,H,W) and labels (N,H,W), uint8."""
     width, height = SIZE
@@ -80,17 +68,15 @@ def train(images, labels):
     torch.manual_seed(SEED)
     network = common.DeepLabV2(num_classes=19, layers=(1, 1, 1, 1), width=16)
     network.train()
-    groups = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups.append({"params": [parameter], "factor": learning_rate_factor(name)})
+    # The heads have factor 1: from random weights the trunk needs the high rate as much as they do.
+    groups = network.parameter_groups("released", 1.0)
     optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
     start = time.perf_counter()
     for it in range(ITERATIONS):
         ramp = min(1, (it + 1) / RAMP)
         lr = LEARNING_RATE * ramp * (1 - it / ITERATIONS) ** 0.9
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
+            group["lr"] = lr * group["lr_factor"]
         x, y = batch_of(images, labels, it)
         prediction = network(common.normalize(x))
         loss = cross_entropy(prediction.main, y) + 0.1 * cross_entropy(prediction.aux, y)
