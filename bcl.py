@@ -492,7 +492,7 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
             static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
             labelled += (static != IGNORE).double().mean().cpu()
             path = partial / "labels" / f"{name}.png"
-            common.write_png(path, static.cpu().numpy(), common.palette_for(C))
+            common.write_png(path, static.cpu().numpy(), C)
     coverage = 100 * common.over_ranks(labelled).item() / len(images)
     common.wait_for_ranks()
     if common.rank() == 0:

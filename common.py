@@ -133,16 +133,12 @@ def write_text(path, text: str):
         file.write(text.encode())
 
 
-def write_png(path, array: np.ndarray, palette=None):
-    """(H,W) uint8 labels, coloured by a palette (C,3) if given, or an (H,W,3) image, as PNG.
-
-    The pixels of a label file stay trainIds: the palette only changes how viewers show them.
-    """
+def write_png(path, array: np.ndarray, num_classes: int = None):
+    """An (H,W,3) or (H,W) uint8 picture as PNG. With num_classes, (H,W) trainIds: the pixels stay
+    trainIds, and a palette lets viewers show them in colour."""
     image = Image.fromarray(array)
-    if palette is not None:
-        colours = np.zeros((256, 3), dtype=np.uint8)  # 255, no label, stays black
-        colours[: len(palette)] = palette
-        image.putpalette(colours.tobytes())
+    if num_classes is not None:
+        image.putpalette(palette(num_classes).tobytes())
     with atomic_write(path) as file:
         image.save(file, format="PNG")
 
@@ -233,18 +229,13 @@ SUBSET_16 = tuple(c for c in range(19) if c not in ABSENT["synthia"])
 SUBSET_13 = tuple(c for c in SUBSET_16 if c not in (3, 4, 5))  # also without wall, fence, pole
 
 
-def palette_for(num_classes: int) -> np.ndarray:
-    """(num_classes, 3) uint8 colours: Cityscapes' for up to 19 classes, fixed ones beyond."""
-    rng = np.random.default_rng(0)
-    extra = rng.integers(30, 256, (max(0, num_classes - 19), 3), dtype=np.uint8)
-    return np.concatenate([PALETTE, extra])[:num_classes]
-
-
-def colour(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """(H,W) trainIds to (H,W,3) uint8. 255, and whatever else is no class, is black."""
-    table = np.zeros((256, 3), dtype=np.uint8)
-    table[:num_classes] = palette_for(num_classes)
-    return table[labels]
+def palette(num_classes: int) -> np.ndarray:
+    """(256,3) uint8 colours of trainIds: Cityscapes' for 0..18, fixed ones beyond, black for 255
+    and whatever else is no class. `palette(C)[labels]` is (H,W,3)."""
+    colours = np.random.default_rng(0).integers(30, 256, (256, 3), dtype=np.uint8)
+    colours[:19] = PALETTE
+    colours[num_classes:] = 0
+    return colours
 
 
 def class_names(num_classes: int) -> tuple:
@@ -720,7 +711,10 @@ LAYOUTS = {
         Layout("images", "labels"),
         Layout("*_images/images", "*_labels/labels", by_file_name=True),  # ten archives, unpacked
     ),
-    "synthia": (Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS, last_id=22),),
+    "synthia": (
+        Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS, last_id=22),
+        Layout("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS"),  # as the archive unpacks
+    ),
     "synscapes": (Layout("img/rgb", "img/class"),),
     "cityscapes": (
         Layout(
@@ -763,8 +757,7 @@ def dataset_root(kind: str, data_root, own_root=None) -> Path:
             candidates += [Path(data_root) / name, Path(data_root) / name.lower()]
     for root in candidates:
         if root.is_dir():
-            inner = root / "RAND_CITYSCAPES"  # as SYNTHIA's archive unpacks
-            return inner if kind == "synthia" and inner.is_dir() else root
+            return root
     flags = "--data-root, --source-root or --target-root"
     raise UserError(f"no {kind} data at {candidates[0]}: check {flags}")
 
@@ -781,7 +774,7 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
 
 
 def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool) -> dict:
-    """{name: path} of the files below the folders that match the pattern, in natural order.
+    """{name: path} of the files below the folders that match the pattern, by name.
 
     The name is the path below the pattern's part without *, less the suffix. A nested images/images
     is accepted.
@@ -817,7 +810,7 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
                 found[key] = path
     if not found:
         raise UserError(f"no *{suffixes[0]} files in {folders[0]}: check the dataset's root")
-    return {key: found[key] for key in sorted(found, key=natural_order)}
+    return {key: found[key] for key in sorted(found)}
 
 
 def check_name(key: str, path: Path):
@@ -827,11 +820,6 @@ def check_name(key: str, path: Path):
     if control or surrogate:
         what = "a line break or control character" if control else "bytes that are no UTF-8"
         raise UserError(f"{str(path)!a}: the name holds {what}; rename the file")
-
-
-def natural_order(key: str) -> tuple:
-    folder, _, name = key.rpartition("/")
-    return folder, int(name) if name.isdecimal() else -1, name
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
@@ -864,10 +852,10 @@ def has_labels(kind: str, root, split: str) -> bool:
     return all(any(Path(root).glob(pattern)) for pattern in patterns)
 
 
-def folder_classes(root, num_classes: int) -> tuple:
+def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     """The class names in a plain folder's classes.txt, one a line; else those of `class_names`."""
     path = Path(root) / "classes.txt"
-    if not path.is_file():
+    if kind != "folder" or not path.is_file():
         return class_names(num_classes)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -881,7 +869,8 @@ def folder_classes(root, num_classes: int) -> tuple:
 
 def check_classes(source_root, target_root, num_classes: int):
     """Refuse two plain folders whose classes.txt differ."""
-    if folder_classes(source_root, num_classes) != folder_classes(target_root, num_classes):
+    of_source = dataset_classes("folder", source_root, num_classes)
+    if of_source != dataset_classes("folder", target_root, num_classes):
         raise UserError(f"classes.txt of {source_root} and {target_root} differ: align them")
 
 
@@ -998,6 +987,8 @@ class Images(Dataset):
     transform(image, None, random generator of (seed, sample position)).
     """
 
+    native_labels = False
+
     def __init__(self, images: dict, size=None, transform=None, seed: int = 0):
         self.names = list(images)
         self.paths = list(images.values())
@@ -1016,7 +1007,8 @@ class Images(Dataset):
             image, label = self.transform(image, label, rng)
         elif self.size:
             image = resize(image, self.size, "image")
-            label = self.resize_label(label)
+            if label is not None and not self.native_labels:
+                label = resize(label, self.size, "label")
         item = {"name": self.names[index], "image": to_tensor(image)}
         if label is not None:
             item["label"] = to_tensor(label)
@@ -1025,9 +1017,6 @@ class Images(Dataset):
     def open(self, index: int) -> tuple:
         """(image, label or None) as stored, in Pillow's form."""
         return read_image(self.paths[index]), None
-
-    def resize_label(self, label):
-        return None
 
     def files(self) -> list:
         return self.paths
@@ -1067,9 +1056,6 @@ class Labelled(Images):
             raise UserError(f"{path} is {sizes}: this is not its label, repair the pair")
         return image, label
 
-    def resize_label(self, label):
-        return label if self.native_labels else resize(label, self.size, "label")
-
     def files(self) -> list:
         return self.paths + self.label_paths
 
@@ -1094,8 +1080,8 @@ def validation_set(kind: str, root, num_classes: int, size, split: str = "val"):
     """The labelled images of a split for `evaluate`; None where the dataset has none."""
     if not has_labels(kind, root, split):
         return None
-    classes = folder_classes(root, num_classes) if kind == "folder" else None
     pairs = list_pairs(kind, root, split)
+    classes = dataset_classes(kind, root, num_classes)
     return Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
 
 
@@ -1653,7 +1639,8 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
         if picture.ndim == 3:
             cell = np.asarray(resize(Image.fromarray(picture), size, "image"))
         else:
-            cell = colour(np.asarray(resize(Image.fromarray(picture), size, "label")), num_classes)
+            label = np.asarray(resize(Image.fromarray(picture), size, "label"))
+            cell = palette(num_classes)[label]
         cells.append(to_tensor(cell))
     grid = torchvision.utils.make_grid(torch.stack(cells), len(titles), pad_value=255)  # (3, H, W)
     sheet = F.pad(grid, (0, 0, 20, 0), value=255)  # room for the titles

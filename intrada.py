@@ -479,7 +479,7 @@ def rank_target(args, checkpoint: Path, images: dict, device):
                 factor = rarity_factor(set(label.unique().tolist()))
             rows[item["name"]] = {"entropy": entropy, "normalized_entropy": entropy * factor}
             path = partial / "labels" / f"{item['name']}.png"
-            common.write_png(path, label.cpu().numpy(), common.palette_for(C))
+            common.write_png(path, label.cpu().numpy(), C)
     rows = common.merge_ranks(rows)
     common.wait_for_ranks()
     if common.rank() == 0:
@@ -516,9 +516,10 @@ def ranking_content(folder: Path, names: list) -> str:
     return common.content_digest([folder / "ranking.csv", *labels])
 
 
-def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
+def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size: tuple) -> list:
     """The rows {name, entropy, normalized_entropy} of a ranking; refuses one that is damaged, of
-    other images, of another input size, or of a checkpoint that has changed since."""
+    other images, classes or input size, or of another checkpoint than `checkpoint` (None: any; the
+    file that it names, if it is still there, must not have changed)."""
     again = f"remove {folder} and run --stage 2 again"
     if not (folder / "ranking.csv").exists():
         raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, or remove an empty {folder}")
@@ -534,36 +535,34 @@ def read_ranking(args, folder: Path, checkpoint: Path, images: dict) -> list:
         named_checkpoint = folder.parent / about["checkpoint"]
         digest = about["checkpoint_digest"]
         same_images = about["images"] == common.fingerprint(images.values())
-        input_size = about["input_size"]
-        num_classes = about["num_classes"]
+        made_at = tuple(about["input_size"])
+        made_of = about["num_classes"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
     if not whole:
         raise UserError(f"{folder}: table or labels changed since stage 2 made them: {again}")
     if not same_images or sorted(names) != sorted(images):
         raise UserError(f"{folder} ranks other images than this target's: {again}")
-    if num_classes != args.num_classes:
-        raise UserError(f"{folder} has labels of {num_classes} classes: {again}")
-    if input_size != list(args.target_size):
-        raise UserError(f"{folder} was made at another --target-size, {input_size}: {again}")
+    if made_of != num_classes:
+        raise UserError(f"{folder} has labels of {made_of} classes: {again}")
+    if made_at != size:
+        raise UserError(f"{folder} was made at another --target-size, {made_at}: {again}")
     for path in (named_checkpoint, checkpoint):
         if path and path.exists() and common.content_digest([path]) != digest:
             raise UserError(f"{folder} is of another network than {path} is now: {again}")
     return rows
 
 
-def split(args, rows: list) -> tuple:
+def split(rows: list, ratio: float, normalized: bool) -> tuple:
     """(easy, hard) names: the floor(λN) of least entropy, and the rest. Ties are broken by name."""
-    key = "normalized_entropy" if args.normalize_entropy else "entropy"
+    key = "normalized_entropy" if normalized else "entropy"
     names = [row["name"] for row in sorted(rows, key=lambda row: (row[key], row["name"]))]
-    count = easy_count(args.ratio, len(names))
+    count = easy_count(ratio, len(names))
     return names[:count], names[count:]
 
 
-def report_split(args, rows: list):
-    """Print the split and write it as easy.txt and hard.txt, for people: stage 3 computes it."""
-    easy, hard = split(args, rows)
-    folder = args.out / "stage2"
+def write_split(folder: Path, easy: list, hard: list):
+    """The split as easy.txt and hard.txt, for people: stage 3 computes it."""
     if common.rank() == 0:
         common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in easy))
         common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in hard))
@@ -642,9 +641,13 @@ def main():
         train(args, settings_1, runs["stage 1"], source, aligned_to, validation, initial, device)
     if ranks:
         rank_target(args, checkpoint, images, device)
-        report_split(args, read_ranking(args, ranking, checkpoint, images))
+    if ranks or trains_3:
+        ranked = checkpoint if ranks else None
+        rows = read_ranking(ranking, ranked, images, args.num_classes, args.target_size)
+        easy, hard = split(rows, args.ratio, args.normalize_entropy)
+    if ranks:
+        write_split(ranking, easy, hard)
     if trains_3:
-        easy, hard = split(args, read_ranking(args, ranking, None, images))
         pairs = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
         source = common.Labelled(
             pairs, "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed

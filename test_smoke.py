@@ -1,14 +1,13 @@
 """Tests: formulas against plain loops, files made by hand, every script from end to end.
 
-    python -m pytest -q test_smoke.py        about two minutes on 2 CPU cores; no network needed
+    python -m pytest -q test_smoke.py        about 90 seconds on 2 CPU cores; no network needed
 
-Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · networks · labels · dataset
-layouts · weight files · prediction · scenes · the house · the training loops · IntraDA's stages ·
-BCL's rounds · going on · signals, disks, numbers · processes and precision · pictures · bad input ·
-eval.py · demo and documents
+Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · networks · labels, images ·
+dataset layouts · weight files · prediction · the training loops · IntraDA's stages · BCL's rounds ·
+going on · signals and numbers · processes and precision · pictures · bad input · eval.py ·
+demo and house
 """
 
-import ast
 import contextlib
 import copy
 import csv
@@ -28,7 +27,6 @@ import sys
 import zlib
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scripts' processes
@@ -54,20 +52,20 @@ from demo import scenes as demo
 # ====================================================================== helpers
 
 NETWORK = {"layers": (1, 1, 1, 1), "width": 4}
-DEVICE = torch.device("cpu")
 SHARED = (
     "--layers 1,1,1,1 --width 4 --init none --target-size 64x64 --batch-size 2 --log-every 1"
-    " --save-every 2 --workers 0 --device cpu "
+    " --save-every 2 --workers 0 --device cpu"
 )
-INTRADA = (SHARED + "--source-size 64x64 --max-iters 6 --stop-iters 4 --eval-every 3").split()
-BCL = SHARED + "--crop 64 --short-side 64 --warmup-crop 64 --warmup-short-side 64 --scales 1.0,1.5"
-BCL = f"{BCL} --warmup-iters 2 --rounds 2 --round-iters 3 --eval-every 0 --tau 0.5 --momentum 0.9"
-BCL = BCL.split()
+INTRADA = f"{SHARED} --source-size 64x64 --max-iters 6 --stop-iters 4 --eval-every 3".split()
+BCL = (
+    f"{SHARED} --crop 64 --short-side 64 --warmup-crop 64 --warmup-short-side 64 --scales 1.0,1.5"
+    " --warmup-iters 2 --rounds 2 --round-iters 3 --eval-every 0 --tau 0.5 --momentum 0.9"
+).split()
 FLAGS = {intrada: INTRADA, bcl: BCL}
 CPU = ["--device", "cpu", "--workers", 0]  # of eval.py
 CUDA = int(torch.cuda.is_available())
 SKLEARN = int(bool(importlib.util.find_spec("sklearn")))
-BOTH = pytest.mark.parametrize("module", [intrada, bcl], ids=["intrada", "bcl"])
+BOTH = pytest.mark.parametrize("module", [intrada, bcl])
 
 
 def process(*command):
@@ -131,9 +129,8 @@ def difference(a, b):
     assert a.keys() == b.keys()
     worst = 0.0
     for name in a:
-        one = a[name].double()
-        scale = max(1.0, one.abs().max().item())
-        worst = max(worst, (one - b[name].double()).abs().max().item() / scale)
+        apart = (a[name].double() - b[name].double()).abs().max()
+        worst = max(worst, (apart / a[name].double().abs().max().clamp(min=1)).item())
     return worst
 
 
@@ -230,18 +227,6 @@ def trained(scenes, tmp_path_factory):
     return train
 
 
-def softmax(logits):
-    """Of a list of numbers."""
-    exp = [math.exp(z - max(logits)) for z in logits]
-    return [e / sum(exp) for e in exp]
-
-
-def cosine(a, b):
-    """Of two vectors, as tensors."""
-    dot = sum(x * y for x, y in zip(a.tolist(), b.tolist()))
-    return dot / math.sqrt(sum(x * x for x in a.tolist()) * sum(y * y for y in b.tolist()))
-
-
 # ====================================================================== IntraDA's formulas
 
 
@@ -255,7 +240,7 @@ def test_entropy_and_segmentation_loss():
     expected = torch.zeros_like(logits)
     terms = []
     for b, h, w in product(range(2), range(3), range(4)):
-        p = softmax(logits[b, :, h, w].tolist())
+        p = logits[b, :, h, w].softmax(0).tolist()
         parts = [-x * math.log(x or 1) / math.log(5) for x in p]
         expected[b, :, h, w] = torch.tensor(parts, dtype=torch.float64)
         if labels[b, h, w] != 255:
@@ -283,35 +268,33 @@ def test_entropy_and_segmentation_loss():
 
 
 def test_confusion_matrix_iou_and_scores():
-    labels = torch.randint(0, 5, (6, 7))
-    predictions = torch.randint(0, 5, (6, 7))
-    labels[labels == 3] = 255  # 3 occurs nowhere; 4 is predicted alone
-    labels[labels == 4] = 200
-    predictions[predictions == 3] = 0
-    expected = torch.zeros(5, 5, dtype=torch.int64)
+    labels = torch.randint(0, 22, (60, 70))
+    labels[labels > 18] = 255
+    labels[labels == 3] = 255
+    labels[labels == 6] = 255
+    predictions = torch.randint(0, 19, (60, 70))
+    predictions[predictions == 6] = 0  # 6 occurs nowhere; 3 is predicted alone
+    expected = torch.zeros(19, 19, dtype=torch.int64)
     for label, prediction in zip(labels.flatten().tolist(), predictions.flatten().tolist()):
-        if label < 5:
+        if label < 19:
             expected[label, prediction] += 1
-    confusion = common.confusion_matrix(labels.byte(), predictions.byte(), 5)
+    confusion = common.confusion_matrix(labels.byte(), predictions.byte(), 19)
     assert torch.equal(confusion, expected)
+    each = {}
     for c, value in enumerate(common.iou(confusion).tolist()):
-        union = expected[c].sum() + expected[:, c].sum() - expected[c, c]
-        assert (c == 3) == (union == 0) == math.isnan(value)
-        assert c == 3 or value == approx((expected[c, c] / union).item())
+        union = (expected[c].sum() + expected[:, c].sum() - expected[c, c]).item()
+        assert (c == 6) == (union == 0) == math.isnan(value)
+        if union:
+            each[c] = expected[c, c].item() / union
+            assert value == approx(each[c])
+    result = common.scores(confusion)
+    for key, absent in (("19", ()), ("16", (9, 14, 16)), ("13", (9, 14, 16, 3, 4, 5))):
+        members = [value for c, value in each.items() if c not in absent]
+        assert result[f"miou{key}"] == approx(100 * sum(members) / len(members))
+    assert result["iou"]["traffic light"] is None
+    assert result["iou"]["bicycle"] == approx(100 * each[18])
     many = torch.arange(255, dtype=torch.uint8)  # products of large ids must not overflow
     assert torch.equal(common.confusion_matrix(many, many, 255), torch.eye(255).long())
-
-    confusion = torch.randint(1, 50, (19, 19))
-    confusion[6] = 0
-    confusion[:, 6] = 0  # absent: left out of every mean
-    result = common.scores(confusion)
-    each = 100 * common.iou(confusion)
-    for key, absent in (("19", ()), ("16", (9, 14, 16)), ("13", (9, 14, 16, 3, 4, 5))):
-        members = [each[c].item() for c in range(19) if c not in (*absent, 6)]
-        assert result[f"miou{key}"] == approx(sum(members) / len(members))
-    assert result["iou"]["traffic light"] is None
-    assert result["iou"]["bicycle"] == approx(each[18].item())
-    assert list(common.scores(confusion[:3, :3], ("a", "b", "c"))) == ["miou3", "iou"]
 
 
 # ====================================================================== BCL's formulas
@@ -328,6 +311,12 @@ def bcl_inputs():
     return features, labels, prototypes, torch.tensor([True, False, True, True, False])
 
 
+def cosines(feature, prototypes, present):
+    """{class: cosine of a position's feature (D,) with its prototype} of the present classes."""
+    unit = feature / feature.norm()
+    return {c: (unit @ p / p.norm()).item() for c, p in enumerate(prototypes) if present[c]}
+
+
 def test_class_prototypes():
     features, labels, _, _ = bcl_inputs()
     prototypes, present = bcl.class_prototypes(features, labels, C)
@@ -342,11 +331,10 @@ def test_contrastive_loss():
     features, labels, prototypes, present = bcl_inputs()
     terms = []
     for h, w in POSITIONS:
-        similar = {}
-        for c in present.nonzero().flatten().tolist():
-            similar[c] = math.exp(cosine(features[:, h, w], prototypes[c]) / 0.1)
-        if labels[h, w].item() in similar:
-            terms.append(-math.log(similar[labels[h, w].item()] / sum(similar.values())))
+        similar = cosines(features[:, h, w], prototypes, present)
+        exp = {c: math.exp(s / 0.1) for c, s in similar.items()}
+        if labels[h, w].item() in exp:
+            terms.append(-math.log(exp[labels[h, w].item()] / sum(exp.values())))
     loss = bcl.contrastive_loss(features, labels, prototypes, present, 0.1)
     assert loss.item() == approx(sum(terms) / len(terms), rel=1e-12)
 
@@ -362,10 +350,9 @@ def test_contrastive_loss():
         (labels, torch.arange(C) == 2),  # the softmax of one class is 1
     ]
     for y, seen in without_loss:
-        leaves = (features.detach().requires_grad_(), prototypes.detach().requires_grad_())
-        loss = bcl.contrastive_loss(leaves[0], y, leaves[1], seen, 0.1)
-        loss.backward()
-        assert loss.item() == 0 and all((leaf.grad == 0).all() for leaf in leaves)
+        loss = bcl.contrastive_loss(features, y, prototypes, seen, 0.1)
+        for gradient in torch.autograd.grad(loss, leaves):
+            assert loss.item() == 0 and (gradient == 0).all()
 
 
 def test_prototype_ema_and_calibrate():
@@ -391,27 +378,18 @@ def test_prototype_ema_and_calibrate():
             assert torch.allclose(calibrated, prototypes[c] + bias, atol=1e-12)
 
 
-@pytest.mark.parametrize("tau", [-1, 0, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("tau", [-1, 0.3, 0.99])
 def test_dynamic_labels(tau):
     features, _, prototypes, present = bcl_inputs()
     features[:, 0, 0] = 3 * prototypes[1]  # most similar to a class that is not present
     features[:, 0, 1] = 2 * prototypes[2]  # surely labelled
     labels = bcl.dynamic_labels(features, prototypes, present, tau)
     for h, w in POSITIONS:
-        similar = {c: cosine(features[:, h, w], prototypes[c]) for c in range(C) if present[c]}
+        similar = cosines(features[:, h, w], prototypes, present)
         best = max(similar, key=similar.get)
         assert labels[h, w] == (best if similar[best] > tau else 255)
     assert labels.shape == (H, W) and labels[0, 1] == 2
     assert (bcl.dynamic_labels(features, prototypes, present & False, tau) == 255).all()
-
-
-def map_side(side):
-    """Side of the network's stride-8 map: convolution, pool with ceil, 1x1 with stride 2."""
-    half = (side - 1) // 2 + 1
-    quarter = math.ceil((half - 1) / 2) + 1
-    if 2 * (quarter - 1) >= half + 1:  # a pool's last window must not start in the padding
-        quarter -= 1
-    return (quarter - 1) // 2 + 1
 
 
 def test_map_positions_stand_for_pixels_at_their_centres():
@@ -420,28 +398,21 @@ def test_map_positions_stand_for_pixels_at_their_centres():
     for i, j in product(range(5), range(9)):
         assert torch.equal(picked[:, i, j], labels[:, round(i * 32 / 4), round(j * 69 / 8)])
     assert torch.equal(eval_script.pick(labels[0], 5, 9), picked[0])
-    enlarged = bcl.enlarge(picked, 33, 70)
-    for y, x in product(range(33), range(70)):
-        assert torch.equal(enlarged[:, y, x], picked[:, round(y * 4 / 32), round(x * 8 / 69)])
     assert bcl.pick(labels, 1, 1).tolist() == labels[:, :1, :1].tolist()
-    for side in range(32, 1101):  # what is enlarged is picked again
-        labels = torch.arange(map_side(side))[None, :, None]
-        full = bcl.enlarge(labels, side, 1)
-        assert torch.equal(bcl.pick(full, map_side(side), 1), labels), side
+    for side, more in product(range(32, 1101), (0, 1, 2)):  # what is enlarged is picked again
+        labels = torch.arange(side // 8 + more)[None, :, None]
+        assert torch.equal(bcl.pick(bcl.enlarge(labels, side, 1), side // 8 + more, 1), labels)
 
 
 @pytest.mark.parametrize("label_bn", ["batch", "running"])
 def test_static_labels_use_these_statistics(label_bn):
     G = noisy_network(classes=5).double()
-    common.set_mode(G, "running")
-    modes = [module.training for module in G.modules()]
     before = copy.deepcopy(G.state_dict())
     plain = copy.deepcopy(G).train(label_bn == "batch")
     network = bcl.label_network(G, label_bn)
     for image in 50 * torch.randn(3, 1, 3, 64, 64, dtype=torch.float64):
         found = network(image).main  # earlier images leave no trace
         assert torch.allclose(found, plain(image).main, rtol=1e-9, atol=1e-9)
-    assert [module.training for module in G.modules()] == modes
     assert difference(G.state_dict(), before) == 0
 
 
@@ -478,42 +449,28 @@ def test_network_is_the_papers_resnet():
         if not name.startswith(("layer5", "layer6")):
             assert value.dim() == len(shapes[name]) and value.shape[2:] == shapes.pop(name)[2:]
     assert shapes.keys() == {"fc.weight", "fc.bias"}
-
-
-def released_list(net):
-    """The released optimizer's parameters: it walks modules(), in each of them parameters()."""
-    found = []
-    for part in (net.conv1, net.bn1, net.layer1, net.layer2, net.layer3, net.layer4):
-        for module in part.modules():
-            found += [p for p in module.parameters() if p.requires_grad]
-    return found
-
-
-def test_parameter_groups():
-    net = common.DeepLabV2(19, (3, 4, 23, 3), 2)
-    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    frozen = {id(p) for norm in norms for p in norm.parameters()}
-    assert {id(p) for p in net.parameters() if not p.requires_grad} == frozen
-    heads = {id(p) for head in (net.layer5, net.layer6) for p in head.parameters()}
-    listed = [id(p) for p in released_list(net)]
-    assert len(listed) == 314
-    for recipe, factors in (("released", [1, 3, 4, 10]), ("paper", [1, 1, 1, 10])):
-        groups = net.parameter_groups(recipe, 10)
-        assert [group["lr_factor"] for group in groups] == factors
-        ids = [[id(p) for p in group["params"]] for group in groups]
-        assert [len(part) for part in ids] == [1, 99, 4, 16]
-        assert sorted(sum(ids, [])) == sorted({id(p) for p in net.parameters()} - frozen)
-        assert set(ids[3]) == heads
-        for times, part in zip((1, 3, 4), ids):
-            assert all(listed.count(p) == times for p in part)
+    main, aux, features = net.eval()(torch.randn(1, 3, 512, 1024))
+    assert main.shape == aux.shape == (1, 19, 65, 129) and features.shape == (1, 64, 65, 129)
+    assert torch.allclose(main, sum(conv(features) for conv in net.layer6.conv2d_list), atol=1e-5)
 
 
 def test_factors_follow_the_released_optimizer():
-    """1,000 steps on scalars: our factor against a list that holds the parameter so many times,
-    as torch 0.4.1 steps it: one entry after the other, all with one momentum buffer."""
-    groups = common.DeepLabV2(19, **NETWORK).parameter_groups("released", 10)
+    """It lists a parameter once for every module that holds it, and torch 0.4.1 steps one entry
+    after the other, all with one momentum buffer. 1,000 such steps on a scalar, and ours."""
+    net = common.DeepLabV2(19, (3, 4, 23, 3), 2)
+    listed = []
+    for part in (net.conv1, net.bn1, net.layer1, net.layer2, net.layer3, net.layer4):
+        for module in part.modules():
+            listed += [id(p) for p in module.parameters() if p.requires_grad]
+    factors = [group["lr_factor"] for group in net.parameter_groups("paper", 9)]
+    assert factors == [1, 1, 1, 9]
+    groups = net.parameter_groups("released", 10)
+    assert [group["lr_factor"] for group in groups] == [1, 3, 4, 10]
+    assert [len(group["params"]) for group in groups] == [1, 99, 4, 16]  # no BatchNorm: frozen
+    assert len(listed) == 1 + 3 * 99 + 4 * 4
     slopes = (0.1 + 0.1 * torch.randn(1_000)).tolist()  # gradients: a drift with noise
     for group, times in zip(groups, (1, 3, 4)):
+        assert all(listed.count(id(p)) == times for p in group["params"])
         ours = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
         optimizer = torch.optim.SGD([ours], lr=1, momentum=0.9, weight_decay=5e-4)
         released = 1.0
@@ -529,20 +486,6 @@ def test_factors_follow_the_released_optimizer():
                 buffer = 0.9 * buffer + gradient
                 released -= lr * buffer
         assert (ours.item() - 1) / (released - 1) == approx(1, abs=0.02)
-
-
-def test_network_forward():
-    net = common.DeepLabV2(7, **NETWORK).eval()
-    for width, height in ((1024, 512), (730, 70), (101, 64), (66, 39), (32, 32)):
-        image = torch.randn(1, 3, height, width)
-        main, aux, features = net(image)
-        assert main.shape == aux.shape == (1, 7, map_side(height), map_side(width))
-        assert features.shape == (1, 128, *main.shape[2:])
-    assert torch.allclose(main, sum(conv(features) for conv in net.layer6.conv2d_list), atol=1e-5)
-    x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))
-    middle = net.layer3(net.layer2(x))
-    assert torch.allclose(aux, sum(conv(middle) for conv in net.layer5.conv2d_list), atol=1e-5)
-    assert common.DeepLabV2(7, **NETWORK, aux=False)(image).aux is None
 
 
 def test_checkpointed_activations_change_memory_alone():
@@ -587,8 +530,7 @@ def grey_png(path, ids, bits=8):
 def palette_png(path, ids, bits):
     """The index counts: the palette means nothing."""
     image = Image.fromarray(ids)
-    colours = np.random.default_rng(1).integers(0, 256, 3 * 2**bits, dtype=np.uint8)
-    image.putpalette(colours.tobytes())
+    image.putpalette(np.random.default_rng(1).bytes(3 * 2**bits))
     image.save(path, bits=bits)
 
 
@@ -598,11 +540,8 @@ def rgb16_png(path, ids, bits):
 
 
 LABEL_FILES = [  # writer, colour type in the file, bits, dataset, its ids in the order of trainIds
-    (palette_png, 3, 8, "gta5", CITYSCAPES_IDS), (palette_png, 3, 4, "gta5", CITYSCAPES_IDS),
-    (palette_png, 3, 2, "folder", range(255)), (palette_png, 3, 1, "folder", range(255)),
-    (grey_png, 0, 8, "cityscapes", CITYSCAPES_IDS), (grey_png, 0, 8, "acdc", CITYSCAPES_IDS),
-    (grey_png, 0, 8, "synscapes", CITYSCAPES_IDS), (grey_png, 0, 8, "darkzurich", CITYSCAPES_IDS),
-    (grey_png, 0, 4, "gta5", CITYSCAPES_IDS), (grey_png, 0, 4, "folder", range(255)),
+    (palette_png, 3, 8, "gta5", CITYSCAPES_IDS), (palette_png, 3, 2, "folder", range(255)),
+    (grey_png, 0, 8, "cityscapes", CITYSCAPES_IDS), (grey_png, 0, 4, "gta5", CITYSCAPES_IDS),
     (grey_png, 0, 2, "folder", range(255)), (grey_png, 0, 1, "folder", range(255)),
     (grey_png, 0, 8, "bdd100k", range(19)), (rgb16_png, 2, 16, "synthia", SYNTHIA_IDS),
 ]  # fmt: skip
@@ -626,37 +565,26 @@ def test_labels_that_are_none_are_refused():
     Image.fromarray(np.full((6, 8), 7, np.uint16)).save("deep.png")
     Path("cut.png").write_bytes(draw("whole.png", 7, (200, 200)).read_bytes()[:60])
     for name in ("colours.png", "photo.jpg", "deep.png", "cut.png", "none.png"):
-        for kind in ("gta5", "cityscapes", "folder", "bdd100k"):
-            refused(name, common.read_label, name, kind, 19)
+        refused(name, common.read_label, name, "gta5", 19)
     refused("colours.png", common.read_label, "colours.png", "synthia", 19)  # 8 bits
     refused("no ids 0 to 33", common.read_label, draw("foreign.png", 200), "cityscapes", 19)
-    ids = np.resize(np.array(CITYSCAPES_IDS, np.uint8), (40, 50))
-    grey_png("ids.png", ids)
-    refused("ids.png.*no ids 0 to 18", common.read_label, "ids.png", "folder", 19)
-    ids = ids % 19
+    pixels = np.zeros((40, 50), np.uint8)
     for stray in (2, 3):  # of 2,000 pixels: one in a thousand may be foreign, not more
-        ids[0, :stray] = 40
-        grey_png("stray.png", ids)
+        pixels[0, :stray] = 40
+        grey_png("stray.png", pixels)
         if stray == 2:
             assert (np.asarray(common.read_label("stray.png", "folder", 19)) == 255).sum() == 2
-    refused("stray.png.*num-classes", common.read_label, "stray.png", "folder", 19)
+    refused("stray.png.*no ids 0 to 18", common.read_label, "stray.png", "folder", 19)
 
 
 def test_pairs_as_they_are_seen():
     """A photo is turned as its EXIF says; a label of another shape is refused."""
-    pixels = np.zeros((40, 80, 3), np.uint8)
-    pixels[:20, :20] = 255  # upper left
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: upper right
-    Image.fromarray(pixels).save("turned.jpg", exif=exif)
-    draw("label.png", 3, (40, 80))
-    dataset = common.Labelled({"a": ("turned.jpg", "label.png")}, "folder", 19, (20, 40))
-    for item in (dataset[0], common.Images({"a": "turned.jpg"}, (20, 40))[0]):
-        assert item["image"].shape == (3, 40, 20)
-        assert item["image"][0, 5, 15] > 200 and item["image"][0, 5, 5] < 50
-    assert dataset[0]["label"].unique().tolist() == [3] and len(dataset[0]["label"]) == 40
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    Image.new("RGB", (80, 40)).save("photo.jpg", exif=exif)
+    dataset = common.Labelled({"a": ("photo.jpg", "label.png")}, "folder", 19, (20, 40))
     draw("label.png", 3, (41, 80))  # GTA5 has pairs of 1914x1052 and 1914x1046
-    assert dataset.open(0)[1].size == (41, 80)
+    assert dataset[0]["image"].shape == (3, 40, 20) and dataset[0]["label"].shape == (40, 20)
     draw("label.png", 3, (80, 40))
     refused("label.png", dataset.open, 0)
 
@@ -664,13 +592,10 @@ def test_pairs_as_they_are_seen():
 # ====================================================================== dataset layouts
 
 TREES = [  # dataset, its folder below the data root, first image, its label, its name
-    ("gta5", "GTA5", "images/00001.png", "labels/00001.png", "00001"),
     ("gta5", "gta5", "images/images/00001.png", "labels/labels/00001.png", "00001"),
     ("gta5", "GTA5", "01_images/images/00001.png", "01_labels/labels/00001.png", "00001"),
-    ("synthia", "SYNTHIA", "RGB/0000000.png", "GT/LABELS/0000000.png", "0000000"),
-    ("synthia", "synthia", "RAND_CITYSCAPES/RGB/0000000.png",
-     "RAND_CITYSCAPES/GT/LABELS/0000000.png", "0000000"),
-    ("synthia", "RAND_CITYSCAPES", "RGB/0000000.png", "GT/LABELS/0000000.png", "0000000"),
+    ("synthia", "synthia", "RAND_CITYSCAPES/RGB/0.png", "RAND_CITYSCAPES/GT/LABELS/0.png", "0"),
+    ("synthia", "RAND_CITYSCAPES", "RGB/0.png", "GT/LABELS/0.png", "0"),
     ("synscapes", "Synscapes", "img/rgb/1.png", "img/class/1.png", "1"),
     ("cityscapes", "Cityscapes", "leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png",
      "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png", "ulm/ulm_000000_000019"),
@@ -678,10 +603,8 @@ TREES = [  # dataset, its folder below the data root, first image, its label, it
      "gt/fog/train/GP01/GP01_frame_000041_gt_labelIds.png", "fog/train/GP01/GP01_frame_000041"),
     ("darkzurich", "Dark_Zurich", "rgb_anon/train/night/GP01/GP01_frame_000041_rgb_anon.png",
      "gt/train/night/GP01/GP01_frame_000041_gt_labelIds.png", "GP01/GP01_frame_000041"),
-    ("bdd100k", "BDD100K", "images/10k/train/0a0a-1.jpg",
-     "labels/sem_seg/masks/train/0a0a-1.png", "0a0a-1"),
-    ("bdd100k", "bdd100k", "seg/images/train/0a0a-1.jpg",
-     "seg/labels/train/0a0a-1_train_id.png", "0a0a-1"),
+    ("bdd100k", "BDD100K", "images/10k/train/a-1.jpg", "labels/sem_seg/masks/train/a-1.png", "a-1"),
+    ("bdd100k", "bdd100k", "seg/images/train/a-1.jpg", "seg/labels/train/a-1_train_id.png", "a-1"),
     ("folder", "mine", "images/a/1.JPEG", "labels/a/1.png", "a/1"),
     ("folder", "mine", "images/train/a/1.png", "labels/train/a/1.png", "a/1"),
 ]  # fmt: skip
@@ -690,8 +613,9 @@ TREES = [  # dataset, its folder below the data root, first image, its label, it
 @pytest.mark.parametrize("kind, folder, image, label, name", TREES)
 def test_dataset_layouts(kind, folder, image, label, name, tmp_path):
     root = tmp_path / folder
+    car = 13 if kind in ("folder", "bdd100k") else 26  # everywhere
     draw(root / image)
-    draw(root / label, {"folder": 13, "bdd100k": 13}.get(kind, 26))  # car everywhere
+    draw(root / label, car)
     if kind == "synthia":
         demo.write_png16(root / label, np.full((6, 8, 3), 8))
     draw(root / f"{label[:-4]}_color.jpg")  # other files of the download do not matter
@@ -701,16 +625,13 @@ def test_dataset_layouts(kind, folder, image, label, name, tmp_path):
     assert common.list_images(kind, found) == {name: root / image}
     assert (common.Labelled(pairs, kind, 19)[0]["label"] == 13).all()
     assert common.validation_set(kind, found, 19, (64, 64)) is None
-    if "train" not in image:
-        return
-    val_label = root / label.replace("/train/", "/val/")
-    shutil.copy(draw(root / image), draw(root / image.replace("train", "val")))
-    val_label.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(root / label, val_label)
-    dataset = common.validation_set(kind, found, 19, (64, 32))
-    assert dataset.names == [name.replace("train", "val")]
-    assert dataset[0]["image"].shape == (3, 32, 64)
-    assert dataset[0]["label"].tolist() == [[13] * 8] * 6  # at its own size
+    if "train" in image:
+        draw(root / image.replace("train", "val"))
+        draw(root / label.replace("/train/", "/val/"), car)
+        dataset = common.validation_set(kind, found, 19, (64, 32))
+        assert dataset.names == [name.replace("train", "val")]
+        assert dataset[0]["image"].shape == (3, 32, 64)
+        assert dataset[0]["label"].tolist() == [[13] * 8] * 6  # at its own size
 
 
 def test_lonely_files_missing_folders_and_names(tmp_path):
@@ -720,15 +641,12 @@ def test_lonely_files_missing_folders_and_names(tmp_path):
         draw(f"labels/{name}.png", 2)
     Path("images/sub/back").symlink_to("..")  # a link that leads back is not followed
     assert sorted(common.list_pairs("folder", tmp_path)) == sorted(fine)
-    for name in ("line\nbreak", "next\x85line", "para\u2029graph", "tab\t", "odd\udcff"):
+    for name in ("para\u2029graph", "tab\t", "odd\udcff"):
         path = draw(f"images/{name}.png")
         refused("the name", common.list_images, "folder", tmp_path)
         path.unlink()
-    lonely = draw("images/d.png")
+    draw("images/d.png")
     refused("8 images but 7 labels.* d;", common.list_pairs, "folder", tmp_path)
-    lonely.unlink()
-    draw("labels/e.png", 2)
-    refused("7 images but 8 labels.* e;", common.list_pairs, "folder", tmp_path)
     draw("images/12.jpg")
     refused("one name", common.list_images, "folder", tmp_path)
     refused("nowhere", common.dataset_root, "folder", None, tmp_path / "nowhere")
@@ -738,94 +656,75 @@ def test_lonely_files_missing_folders_and_names(tmp_path):
 
 # ====================================================================== weight files
 
-PUBLISHED = ("advent", "single-level advent", "bcl", "single-level deeplab", "scale", "torchvision")
+PUBLISHED = {  # kind of file: how names of ours begin there; None: it has no such tensor
+    "advent": {},
+    "single-level advent": {"layer5.": None},
+    "bcl": {"conv1.": "target_conv1.", "bn1.": "target_bn1.", "layer5.": None,
+            "layer6.": "layer5."},
+    "single-level deeplab": {"layer5.": None, "layer6.": "layer5."},
+    "scale": {"layer5.": None, "layer6.": None, "": "Scale."},
+    "torchvision": {"layer5.": None, "layer6.": None},
+}  # fmt: skip
+UNUSED = {  # what else is in such a file: a second stem and head, another head, a classifier
+    "bcl": {"conv1.weight": (4, 3, 7, 7), "layer6.conv2d_list.0.weight": (19, 128, 3, 3)},
+    "scale": {"Scale.layer5.conv2d_list.0.weight": (21, 128, 3, 3)},
+    "torchvision": {"fc.weight": (1000, 128), "fc.bias": (1000,)},
+}
 
 
 def file_name(kind, name):
-    """What a published file calls the tensor that becomes `name`; None: it has none."""
-    if name.startswith("layer5."):
-        return name if kind == "advent" else None
-    if name.startswith("layer6.") and kind in ("scale", "torchvision"):
-        return None
-    if name.startswith("layer6.") and kind in ("bcl", "single-level deeplab"):
-        return name.replace("layer6", "layer5")
-    if kind == "bcl" and name.startswith(("conv1", "bn1")):
-        return f"target_{name}"
-    return f"Scale.{name}" if kind == "scale" else name
+    for ours, theirs in PUBLISHED[kind].items():
+        if name.startswith(ours):
+            return None if theirs is None else name.replace(ours, theirs, 1)
+    return name
 
 
 def published(kind):
     """What a published file holds: its names, random values, the size of the tests' network."""
-    state = {}
-    for name, value in common.DeepLabV2(19, **NETWORK).state_dict().items():
-        value = torch.rand(value.shape) + 0.5 if value.is_floating_point() else value
-        if file_name(kind, name):
-            state[file_name(kind, name)] = value
-        if kind == "bcl" and name.startswith(("conv1", "bn1", "layer6")):
-            state[name] = value + 1  # the source's stem, and a head that never runs
-    if kind == "scale":
-        state["Scale.layer5.conv2d_list.0.weight"] = torch.rand(21, 128, 3, 3)  # another head
-    if kind == "torchvision":
-        state.update({"fc.weight": torch.rand(1000, 128), "fc.bias": torch.rand(1000)})
+    state = {file_name(kind, name): v for name, v in noisy_network().state_dict().items()}
+    state.pop(None, None)
+    state.update({name: torch.rand(shape) for name, shape in UNUSED.get(kind, {}).items()})
     return state
 
 
-def prefixed(prefix):
-    return lambda state: {prefix + name: value for name, value in state.items()}
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
 
 
 WRAPS = {
-    "plain": lambda state: state,
-    "model.": prefixed("model."),
-    "_orig_mod.": lambda state: {"model": prefixed("_orig_mod.module.")(state), "iter": 3},
-    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
-    "model_state_dict": lambda state: {"model_state_dict": state, "args": None},
-    "net": lambda state: {"net": prefixed("module.")(state)},
-    "ema_model": lambda state: {"ema_model": {"state_dict": state}},
+    "two prefixes": lambda state: {"model": prefixed("_orig_mod.module.", state), "iter": 3},
+    "two containers": lambda state: {"ema_model": {"state_dict": state}, "epoch": 3},
+    "both": lambda state: {"net": {"model_state_dict": prefixed("model.", state)}, "args": None},
     "no counters": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
 }
+WEIGHT_FILES = [(kind, None) for kind in PUBLISHED] + [("advent", wrap) for wrap in WRAPS]
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.parametrize("kind, wrap", WEIGHT_FILES)
 def test_published_weights(kind, wrap):
     state = published(kind)
-    zipped = wrap in ("plain", "net")  # the others in the old format, as the published files
-    torch.save(WRAPS[wrap](state), "weights.bin", _use_new_zipfile_serialization=zipped)
+    content = WRAPS[wrap](state) if wrap else state
+    torch.save(content, "weights.bin", _use_new_zipfile_serialization=wrap is None)
     net = common.DeepLabV2(19, **NETWORK)
     initial = copy.deepcopy(net.state_dict())
     report = common.load_weights(net, common.read_checkpoint("weights.bin"))
-    used = []
+    sources = {name: file_name(kind, name) for name in initial}
     for name, value in net.state_dict().items():
-        source = file_name(kind, name)
-        if "num_batches" in name or (kind == "torchvision" and name == "conv1.weight"):
-            used.append(source)
-        elif source is None:
-            assert torch.equal(value, initial[name]) and name in report.initialised
-        else:
-            assert torch.equal(value, state[source]) and name in report.loaded, name
-            used.append(source)
-    skipped = {name for name in state if name not in used and "num_batches" not in name}
-    assert {name for name in report.skipped if "num_batches" not in name} == skipped
+        expected = initial[name] if sources[name] is None else state[sources[name]]
+        if (kind, name) == ("torchvision", "conv1.weight"):  # RGB over std, in 0..1
+            std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+            value = value.flip(1) * std * 255
+        assert torch.allclose(value, expected, rtol=1e-5, atol=0), name
+    assert set(report.initialised) == {name for name in sources if sources[name] is None}
+    assert set(report.skipped) == state.keys() - set(sources.values())
     if kind in ("scale", "torchvision"):
         refused("layer6", common.load, "weights.bin")
     else:  # the architecture can be read off trained weights
         loaded = common.load("weights.bin")
-        assert (loaded.layer5 is not None) == (kind == "advent") and not loaded.training
-        assert torch.equal(loaded.layer6.conv2d_list[0].weight, net.layer6.conv2d_list[0].weight)
-        assert loaded.input_size == ((1460, 730) if kind == "bcl" else (1024, 512))
         assert (loaded.num_classes, loaded.layers, loaded.width) == (19, (1, 1, 1, 1), 4)
-
-
-def test_torchvision_weights_see_the_same_picture():
-    state = published("torchvision")
-    net = common.DeepLabV2(19, **NETWORK)
-    common.load_weights(net, state)
-    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)  # RGB
-    mean = torch.tensor(common.MEAN_BGR[::-1]).view(1, 3, 1, 1)
-    std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-    expected = F.conv2d((image - mean) / 255 / std, state["conv1.weight"], stride=2, padding=3)
-    assert torch.allclose(net.conv1(common.normalize(image)), expected, rtol=1e-4, atol=1e-3)
+        assert (loaded.layer5 is not None) == (kind == "advent") and not loaded.training
+        assert loaded.input_size == ((1460, 730) if kind == "bcl" else (1024, 512))
+        assert torch.equal(loaded.layer6.conv2d_list[0].weight, net.layer6.conv2d_list[0].weight)
 
 
 class Malicious:
@@ -833,78 +732,54 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-def altered(**changes):
-    """A published file with other tensors under these names (_ for .); None: without them."""
-    state = published("advent")
-    for name, value in changes.items():
-        name = next(own for own in state if own.replace(".", "_") == name)
-        del state[name]
-        if value is not None:
-            state[name] = value
-    return state
-
-
 STEM = torch.ones(4, 3, 7, 7)
-BAD_WEIGHTS = {
-    "another class count": lambda: common.DeepLabV2(7, **NETWORK).state_dict(),
-    "another width": lambda: common.DeepLabV2(19, (1, 1, 1, 1), 8).state_dict(),
-    "another depth": lambda: common.DeepLabV2(19, (1, 1, 2, 1), 4).state_dict(),
-    "part of the trunk": lambda: altered(layer3_0_conv2_weight=None),
-    "part of a head": lambda: altered(layer5_conv2d_list_1_bias=None),
-    "no network": lambda: {f"encoder.{letter}": torch.zeros(2) for letter in "abcd"},
-    "no tensors": lambda: {"a": 1},
-    "a tensor": lambda: torch.zeros(3),
-    "code": lambda: {"state_dict": Malicious()},
-    "NaN": lambda: altered(conv1_weight=STEM * math.nan),
-    "integers": lambda: altered(conv1_weight=STEM.to(torch.int8)),
-    "sparse": lambda: altered(conv1_weight=STEM.to_sparse()),
-    "complex": lambda: altered(conv1_weight=STEM.cfloat()),
-    "negative variance": lambda: altered(bn1_running_var=torch.tensor([1, 1, -0.1, 1])),
-    "a name twice": lambda: {**published("advent"), "module.conv1.weight": STEM},
+BAD_WEIGHTS = {  # a fine content, to one that is refused
+    "another class count": lambda fine: common.DeepLabV2(7, **NETWORK).state_dict(),
+    "incomplete heads": lambda fine: {k: v for k, v in fine.items() if "list.1.bias" not in k},
+    "no network": lambda fine: {"encoder.a": torch.zeros(2), "encoder.b": torch.zeros(2)},
+    "a tensor": lambda fine: torch.zeros(3),
+    "code": lambda fine: {"state_dict": Malicious()},
+    "two networks": lambda fine: {"state_dict": fine, "ema_model": fine},
+    "a name twice": lambda fine: {**fine, "module.conv1.weight": STEM},
+    "NaN": lambda fine: {**fine, "conv1.weight": STEM * math.nan},
+    "integers": lambda fine: {**fine, "conv1.weight": STEM.to(torch.int8)},
+    "sparse": lambda fine: {**fine, "conv1.weight": STEM.to_sparse()},
+    "negative variance": lambda fine: {**fine, "bn1.running_var": torch.tensor([1, 1, -0.1, 1])},
     # absurd sizes, refused before anything is built
-    "no class": lambda: {**published("advent"), "layer6.conv2d_list.0.bias": torch.zeros(0)},
-    "vast width": lambda: altered(conv1_weight=torch.zeros(1).expand(2_000, 3, 7, 7)),
-    "vast depth": lambda: {**published("advent"), "layer3.999999.conv1.weight": torch.zeros(1)},
-    "odd depth": lambda: {**published("advent"), "layer3.x.conv1.weight": torch.zeros(1)},
-}
-ONES = b"\x00\x00\x80\x3f" * 9
-BAD_FILES = {
-    "truncated": lambda content: content[:30_000],
-    "text": lambda content: b"404: not found\n",
-    # in the middle of a tensor, where torch's own reader sees nothing
-    "flipped bit": lambda content: content.replace(ONES, ONES[:-1] + b"\x3e", 1),
+    "vast width": lambda fine: {**fine, "conv1.weight": torch.zeros(1).expand(2_000, 3, 7, 7)},
+    "vast depth": lambda fine: {**fine, "layer3.999999.conv1.weight": torch.zeros(1)},
 }
 
 
-@pytest.mark.parametrize("case", [*BAD_WEIGHTS, *BAD_FILES, "missing", "folder"])
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_bad_weights_are_refused(case):
-    path = Path("weights.pth")
-    if case == "folder":
-        path.mkdir()
-    elif case in BAD_FILES:
-        torch.save(altered(conv1_weight=STEM), path)
-        content = path.read_bytes()
-        path.write_bytes(BAD_FILES[case](content))
-        assert path.read_bytes() != content
-    elif case != "missing":
-        torch.save(BAD_WEIGHTS[case](), path)
+    torch.save(BAD_WEIGHTS[case](published("advent")), "weights.pth")
     net = common.DeepLabV2(19, **NETWORK)
     before = copy.deepcopy(net.state_dict())
-
-    def load_into_net():
-        common.load_weights(net, common.read_checkpoint(path), path)
-
     named = "begins with encoder.a, encoder.b" if case == "no network" else "weights.pth"
-    refused(named, load_into_net)
+    with pytest.raises(UserError, match=named):
+        common.load_weights(net, common.read_checkpoint("weights.pth"), "weights.pth")
     assert difference(net.state_dict(), before) == 0
-    if not case.startswith(("another", "part")):
+    if case != "another class count":
         with mock.patch.object(common, "DeepLabV2", return_value=net) as built:
-            refused(named, common.load, path)
-        assert not built.called or case in ("integers", "complex"), case
+            refused(named, common.load, "weights.pth")
+        assert not (built.called and case.startswith("vast"))
     assert not Path("executed").exists()
     if case == "code":
-        torch.load(path, weights_only=False)
+        torch.load("weights.pth", weights_only=False)
         assert Path("executed").exists()  # the trap was armed
+
+
+def test_damaged_weight_files_are_refused():
+    torch.save({**published("advent"), "conv1.weight": STEM}, "fine.pth")
+    fine = Path("fine.pth").read_bytes()
+    ones = b"\x00\x00\x80\x3f" * 9
+    flipped = fine.replace(ones, ones[:-1] + b"\x3e", 1)  # torch's own reader sees nothing
+    for content in (fine[:30_000], b"404: not found\n", flipped):
+        Path("bad.pth").write_bytes(content)
+        refused("bad.pth", common.read_checkpoint, "bad.pth")
+    assert flipped != fine and len(flipped) == len(fine) > 30_000
+    refused("nowhere.pth", common.read_checkpoint, "nowhere.pth")
 
 
 def test_weights_that_need_a_package_or_the_network():
@@ -933,66 +808,13 @@ def test_predict():
     assert label.shape == (40, 160) and label.dtype == torch.uint8
     assert (label != expected).double().mean() < 0.001  # rounding, at ties
     tensor = common.to_tensor(image)
-    for same_picture in (image.convert("RGBA"), tensor):
-        assert torch.equal(common.predict(net, same_picture), label)
+    assert torch.equal(common.predict(net, image.convert("RGBA")), label)
     batch = common.predict(net, torch.stack([255 - tensor, tensor]))
     assert batch.shape == (2, 40, 160) and torch.equal(batch[1], label)
     assert not torch.equal(common.predict(net, tensor, (64, 64)), label)
-    for wrong in (tensor.float(), tensor[:2], tensor[None, None], tensor[0]):
+    for wrong in (tensor.float(), tensor[:2], tensor[None, None]):
         with pytest.raises(ValueError, match="predict"):
             common.predict(net, wrong)
-
-
-# ====================================================================== street scenes
-
-
-def test_scenes(scenes):
-    kinds = (("source",), ("target",), ("target", True), ("source",))
-    drawn = [demo.draw_scene(np.random.default_rng(7), (96, 64), *kind) for kind in kinds]
-    images = [image.tobytes() for image, _ in drawn]
-    assert all(np.array_equal(label, drawn[0][1]) for _, label in drawn)
-    assert images[0] == images[3] and len(set(images)) == 3  # they differ in appearance alone
-    for kind, encoding in (("gta5", (8, 3)), ("synthia", (16, 2)), ("cityscapes", (8, 0))):
-        data = common.Labelled(common.list_pairs(kind, common.dataset_root(kind, scenes)), kind, 19)
-        found = {value for item in data for value in item["label"].unique().tolist()}
-        assert found == {*range(19), 255} - set(common.ABSENT.get(kind, ()))
-        assert data.label_paths[0].read_bytes()[24:26] == bytes(encoding)  # bits, colour type
-    listed = {kind: (scenes / f"{kind}.txt").read_text().split() for kind in ("easy", "hard")}
-    stems = [path.name[:-16] for path in scenes.rglob("*_leftImg8bit.png")]
-    assert sorted(listed["easy"] + listed["hard"]) == sorted(stems)
-    assert len(listed["hard"]) == 0.4 * len(stems)
-    demo.write_scenes("again", 0, (64, 64), (64, 64), 2, 10, 0)
-    demo.write_scenes("other", 1, (64, 64), (64, 64), 2, 2, 0)
-    train = "Cityscapes/leftImg8bit/train/brennau/brennau_000000_000019_leftImg8bit.png"
-    for name in ("GTA5/images/00002.png", "GTA5/labels/00002.png", train):
-        assert Path("again", name).read_bytes() == (scenes / name).read_bytes()
-        assert Path("other", name).read_bytes() != (scenes / name).read_bytes()
-    with pytest.raises(FileExistsError):
-        demo.write_scenes("again", 0, (64, 64), (64, 64), 1, 1, 0)
-
-
-# ====================================================================== the house
-
-SCRIPTS = {"intrada", "bcl", "eval"}
-
-
-def test_the_house():
-    """The scripts are siblings: none imports another; common knows none of them and no flag."""
-    allowed = {"common": set(), "demo/scenes": {"common"}, **dict.fromkeys(SCRIPTS, {"common"})}
-    for name, ours in allowed.items():
-        found = set()
-        for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
-            if isinstance(node, ast.Import):
-                found.update(alias.name.split(".")[0] for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                found.add(node.module.split(".")[0])
-            elif isinstance(node, ast.FunctionDef) and name == "common":
-                assert "args" not in [argument.arg for argument in node.args.args], node.name
-        assert found & {*SCRIPTS, "common"} == ours
-        assert name != "common" or not found & {"argparse", "demo"}
-    for path in [*HERE.glob("*.py"), *HERE.glob("demo/*.py")]:
-        long = [line for line in path.read_text().splitlines() if len(line) > 100]
-        assert not long, (path, long)
 
 
 # ====================================================================== the training loops
@@ -1016,13 +838,8 @@ def batch_of(images, seed, it):
     return torch.cat([images[i] for i in np.random.default_rng((seed, it)).permutation(2)])
 
 
-def plain_information(logits):
-    p = bigger(logits).softmax(1)
-    return -p * (p + 1e-30).log() / math.log(19)
-
-
-def plain_ce(logits, labels):
-    return F.cross_entropy(bigger(logits), labels, ignore_index=255)
+def information(logits):
+    return intrada.self_information(bigger(logits))
 
 
 def plain_bce(logits, domain):
@@ -1030,19 +847,8 @@ def plain_bce(logits, domain):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, domain))
 
 
-def plain_sgd(net, recipe="released"):
-    """A group per tensor, with its factor."""
-    groups = []
-    for name, parameter in net.named_parameters():
-        factor = 3 if recipe == "released" else 1
-        if name.startswith(("layer5", "layer6")):
-            factor = 10
-        elif name == "conv1.weight":
-            factor = 1
-        elif "downsample" in name and recipe == "released":
-            factor = 4
-        if parameter.requires_grad:
-            groups.append({"params": [parameter], "factor": factor})
+def sgd_of(net, recipe="released"):
+    groups = net.parameter_groups(recipe, 10)
     return torch.optim.SGD(groups, lr=1, momentum=0.9, weight_decay=5e-4)
 
 
@@ -1058,7 +864,7 @@ def test_intrada_is_the_textbook(alignment, recipe, bn, pairs):
     if alignment == "none":  # opens no target image
         for path in Path("pair/Cityscapes/leftImg8bit/train").rglob("*.png"):
             path.write_bytes(b"garbage")
-    flags = "--stage 1 --max-iters 5 --stop-iters 4 --lr 1e-3 --lr-d 3e-4 --eval-every 0 --out run"
+    flags = "--stage 1 --max-iters 5 --stop-iters 4 --lr 1e-3 --lr-d 3e-4 --out run"
     flags += " --lambda-seg-main 0.9 --lambda-seg-aux 0.3 --lambda-adv-main 0.5"
     flags += f" --lambda-adv-aux 0.2 --alignment {alignment} --backbone-lr {recipe} --bn {bn}"
     succeed(intrada, "--data-root", "pair", *INTRADA, *flags.split())
@@ -1069,29 +875,31 @@ def test_intrada_is_the_textbook(alignment, recipe, bn, pairs):
         for norm in G.modules():
             norm.train(not isinstance(norm, torch.nn.BatchNorm2d))
     Ds = [intrada.Discriminator(19, 4), intrada.Discriminator(19, 4)]
-    sgd = plain_sgd(G, recipe)
+    sgd = sgd_of(G, recipe)
     adams = [torch.optim.Adam(D.parameters(), lr=1, betas=(0.9, 0.99)) for D in Ds]
     for it in range(4):
         decay = (1 - it / 5) ** 0.9
         for group in sgd.param_groups:
-            group["lr"] = 1e-3 * group["factor"] * decay
+            group["lr"] = 1e-3 * group["lr_factor"] * decay
         for adam in adams:
             adam.param_groups[0]["lr"] = 3e-4 * decay
         for optimizer in (sgd, *adams):
             optimizer.zero_grad()
         S = G(batch_of(sources, 0, it))
         label = batch_of(labels, 0, it)
-        (0.9 * plain_ce(S.main, label) + 0.3 * plain_ce(S.aux, label)).backward()
+        loss = 0.9 * intrada.segmentation_loss(bigger(S.main), label)
+        loss = loss + 0.3 * intrada.segmentation_loss(bigger(S.aux), label)
+        loss.backward()
         if alignment != "none":
             T = G(batch_of(targets, 1, it))
         if alignment == "adversarial":
-            loss = 0.5 * plain_bce(Ds[0](plain_information(T.main)), 0.0)
-            loss = loss + 0.2 * plain_bce(Ds[1](plain_information(T.aux)), 0.0)
+            loss = 0.5 * plain_bce(Ds[0](information(T.main)), 0.0)
+            loss = loss + 0.2 * plain_bce(Ds[1](information(T.aux)), 0.0)
             loss.backward()
             for D, adam, s, t in zip(Ds, adams, S, T):
                 adam.zero_grad()
-                (plain_bce(D(plain_information(s.detach())), 0.0) / 2).backward()
-                (plain_bce(D(plain_information(t.detach())), 1.0) / 2).backward()
+                (plain_bce(D(information(s.detach())), 0.0) / 2).backward()
+                (plain_bce(D(information(t.detach())), 1.0) / 2).backward()
                 adam.step()
         sgd.step()
     both = torch.nn.ModuleDict({"main": Ds[0], "aux": Ds[1]})
@@ -1111,14 +919,14 @@ def picked(labels, h):
 def test_bcl_is_in_the_papers_order(kind, pairs):
     sources, labels, targets = pairs
     flags = "--warmup-iters 0 --scales 1.0 --no-flip --lr 1e-3 --momentum 0.5 --out run"
-    flags += " --lambda-ce 0.9 --lambda-ent 0.3 --lambda-fcl 0.4 --lambda-bcl 0.7"
+    flags += " --lambda-ce 0.9 --lambda-ent 0.3 --lambda-fcl 0.4 --lambda-bcl 0.7 --eval-every 2"
     flags += f" --target-weight 0.6 --temperature 0.2 --tau 0.5 --labels {kind}"
     succeed(bcl, "--data-root", "pair", *BCL, *flags.split())
     kind, *uncalibrated = kind.split()
 
     torch.manual_seed(0)
     G = common.DeepLabV2(19, **NETWORK, aux=False).train()
-    sgd = plain_sgd(G)
+    sgd = sgd_of(G)
     ema_s = bcl.PrototypeEMA(19, 128, 0.5)
     ema_t = bcl.PrototypeEMA(19, 128, 0.5)
 
@@ -1131,11 +939,13 @@ def test_bcl_is_in_the_papers_order(kind, pairs):
     for it in range(6):
         round_, step = divmod(it, 3)
         for group in sgd.param_groups:
-            group["lr"] = 1e-3 / 2**round_ * (1 - step / 3.6) ** 0.9 * group["factor"]
+            group["lr"] = 1e-3 / 2**round_ * (1 - step / 3.6) ** 0.9 * group["lr_factor"]
         files = sorted(Path(f"run/round{round_}/labels").rglob("*.png"))
         static = [torch.from_numpy(np.array(Image.open(p))).long()[None] for p in files]
-        y_s, y_f = batch_of(labels, 0, it), batch_of(static, 1, it)
-        S, T = G(batch_of(sources, 0, it)), G(batch_of(targets, 1, it))
+        y_s = batch_of(labels, 0, it)
+        y_f = batch_of(static, 1, it)
+        S = G(batch_of(sources, 0, it))
+        T = G(batch_of(targets, 1, it))
         f_s, f_t = S.features, T.features
         h = f_s.shape[2]
         y_s_map = picked(y_s, h)
@@ -1152,9 +962,10 @@ def test_bcl_is_in_the_papers_order(kind, pairs):
         y_map["hybrid"] = torch.where(picked(y_f, h) == 255, y_d, picked(y_f, h))
         p_t = [bcl.class_prototypes(f_t[b], y_map[kind][b], 19) for b in (0, 1)]
         ema_t.update(*mean_prototypes(p_t))
-        loss = 0.9 * (plain_ce(S.main, y_s) + 0.6 * plain_ce(T.main, y_t[kind]))
-        entropies = [plain_information(z).sum(1).mean() for z in (S.main, T.main)]
-        loss = loss + 0.3 * (entropies[0] + 0.6 * entropies[1])
+        loss = 0
+        for logits, y, weight in ((S.main, y_s, 1), (T.main, y_t[kind], 0.6)):
+            loss = loss + 0.9 * weight * bcl.segmentation_loss(bigger(logits), y)
+            loss = loss + 0.3 * weight * bcl.entropy_loss(bigger(logits))
         for b in (0, 1):
             fcl = bcl.contrastive_loss(f_t[b], y_map[kind][b], *p_s[b], 0.2)
             back = bcl.contrastive_loss(f_s[b], y_s_map[b], *p_t[b], 0.2)
@@ -1173,20 +984,13 @@ def ranking_of(folder):
     return list(csv.DictReader(io.StringIO((Path(folder) / "ranking.csv").read_text())))
 
 
-def label_names(folder):
-    folder = Path(folder)
-    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.png"))
-
-
 def test_intrada_files(trained):
     for folder in (trained(intrada) / "stage1", trained(intrada) / "stage3"):
         log = records(folder)
         scores = records(folder, "evaluation")
         assert [r["iter"] for r in log] == [1, 2, 3, 4] and [r["iter"] for r in scores] == [3, 4]
-        for record in log:
-            assert len([v for k, v in record.items() if "loss" in k and math.isfinite(v)]) == 6
-            assert record["data_seconds"] > 0 and record["peak_memory_mb"] > 50
-        assert all({"miou19", "miou16", "miou13"} <= r.keys() for r in scores)
+        assert all(len([v for k, v in r.items() if "loss" in k]) == 6 for r in log)
+        assert all(r["data_seconds"] > 0 and r["peak_memory_mb"] > 50 for r in log)
         best = max(scores, key=lambda r: r["miou19"])
         assert last(folder, "best.pth")["iter"] == best["iter"] and last(folder)["iter"] == 4
         assert last(folder)["input_size"] == last(folder, "best.pth")["input_size"] == (64, 64)
@@ -1199,7 +1003,8 @@ def test_ranking_and_pseudo_labels(trained, scenes):
     G = common.load(trained(intrada) / "stage1/last.pth")
     rows = ranking_of(folder)
     names = [row["name"] for row in rows]
-    assert sorted(names) == sorted(images) == label_names(folder / "labels")
+    assert sorted(names) == sorted(images)
+    assert len([*folder.rglob("labels/*/*.png")]) == len(images)
     assert [float(r["entropy"]) for r in rows] == sorted(float(r["entropy"]) for r in rows)
     assert (folder / "easy.txt").read_text().split() == names[:6]  # floor(0.67 * 10)
     assert (folder / "hard.txt").read_text().split() == names[6:]
@@ -1213,44 +1018,33 @@ def test_ranking_and_pseudo_labels(trained, scenes):
         assert float(row["normalized_entropy"]) == approx(entropy * factor, rel=1e-5)
         label = Image.open(folder / f"labels/{row['name']}.png")
         assert label.mode == "P" and (np.asarray(label) != prediction).mean() < 1e-3
-        colours = common.PALETTE[np.asarray(label)]
-        assert np.array_equal(np.asarray(label.convert("RGB")), colours)
-
-
-def made_up_rows(count):
-    values = np.random.default_rng(0).integers(0, count // 2, (count, 2)) / count  # with ties
-    keys = ("name", "entropy", "normalized_entropy")
-    return [dict(zip(keys, (f"{i:04d}", *pair))) for i, pair in enumerate(values.tolist())]
+        assert np.array_equal(label.convert("RGB"), common.PALETTE[np.asarray(label)])
 
 
 @pytest.mark.parametrize("column", ["entropy", "normalized_entropy"])
 def test_split_for_every_ratio(column):
-    rows = made_up_rows(2975)
+    values = np.random.default_rng(0).integers(0, 1500, (2975, 2)).tolist()  # with ties
+    rows = []
+    for i, (entropy, normalized) in enumerate(values):
+        rows.append({"name": f"{i:04d}", "entropy": entropy, "normalized_entropy": normalized})
     order = [r["name"] for r in sorted(rows, key=lambda r: (r[column], r["name"]))]
     for hundredths in range(1, 101):
-        flags = SimpleNamespace(ratio=hundredths / 100, normalize_entropy=column != "entropy")
-        easy, hard = intrada.split(flags, rows[::-1])
+        easy, hard = intrada.split(rows[::-1], hundredths / 100, column != "entropy")
         assert len(easy) == hundredths * 2975 // 100 and easy + hard == order
 
 
-@pytest.mark.parametrize("ratio, flag", [(0.3, "--no-normalize-entropy"),
-                                         (0.5, "--normalize-entropy"), (1, "--normalize-entropy")])
-def test_stage_3_gets_the_split_of_its_flags(ratio, flag, trained, scenes):
+def test_stage_3_gets_the_split_of_its_flags(trained, scenes):
     """From another run's ranking: easy images with its labels, hard ones without."""
     folder = trained(intrada) / "stage2"
-    column = "normalized_entropy" if flag == "--normalize-entropy" else "entropy"
-    names = [r["name"] for r in sorted(ranking_of(folder), key=lambda r: float(r[column]))]
-    flags = ["--stage", 3, "--ranking", folder, "--ratio", ratio, flag, "--out", "other"]
+    rows = sorted(ranking_of(folder), key=lambda row: float(row["normalized_entropy"]))
+    names = [row["name"] for row in rows]
+    flags = ["--stage", 3, "--ranking", folder, "--ratio", 0.3, "--normalize-entropy"]
     with mock.patch.object(intrada, "train") as train, mock.patch.object(common, "report"):
-        succeed(intrada, "--data-root", scenes, *INTRADA, *flags)
+        succeed(intrada, "--data-root", scenes, *INTRADA, *flags, "--out", "other")
     source, target = train.call_args.args[3:5]
-    easy = int(10 * ratio)
-    assert sorted(source.names) == sorted(names[:easy]) and source.size == (64, 64)
+    assert sorted(source.names) == sorted(names[:3]) and source.size == (64, 64)
     assert source.label_paths == [folder / f"labels/{name}.png" for name in source.names]
-    if ratio == 1:
-        assert target is None
-    else:
-        assert sorted(target.names) == sorted(names[easy:])
+    assert sorted(target.names) == sorted(names[3:])
 
 
 def test_the_split_is_part_of_a_run_and_lambda_1_is_self_training(trained, scenes):
@@ -1258,38 +1052,26 @@ def test_the_split_is_part_of_a_run_and_lambda_1_is_self_training(trained, scene
     flags = ["--data-root", scenes, *INTRADA, "--out", "run", "--ratio"]
     succeed(intrada, *flags, 1, "--stage", 3)
     assert "10 labelled images, no target images" in records("run/stage3", "start")[0]["about"]
-    assert not any("loss_adv_main" in r for r in records("run/stage3"))
     refuses(intrada, [*flags, 1, "--stage", 3, "--normalize-entropy"], "normalize_entropy")
-    refuses(intrada, [*flags, 0.5, "--stage", 3], "ratio")
     easy = Path("run/stage2/easy.txt").read_bytes()  # --stage all is refused before it touches it
     refuses(intrada, [*flags, 0.5], "ratio")
     assert Path("run/stage2/easy.txt").read_bytes() == easy
 
 
-def edited(pattern, change):
+def edited(name, change):
     """Apply bytes -> bytes to a file of stage 2."""
-    path = next(Path("run/stage2").rglob(pattern))
-    return path.write_bytes(change(path.read_bytes()))
-
-
-def stage_1_anew(data):
-    shutil.rmtree("run/stage1")
-    flags = ["--stage", 1, "--out", "run", "--eval-every", 0, "--lr", 1e-3]
-    succeed(intrada, "--data-root", data, *INTRADA, *flags)
+    path = next(Path("run/stage2").rglob(name))
+    path.write_bytes(change(path.read_bytes()))
 
 
 DAMAGES = {
-    "csv word": lambda data: edited("ranking.csv", lambda text: text.replace(b"0.", b"zero.", 1)),
-    "csv value": lambda data: edited("ranking.csv", lambda text: text.replace(b"0.", b"0.9", 1)),
     "csv gone": lambda data: Path("run/stage2/ranking.csv").unlink(),
+    "csv value": lambda data: edited("ranking.csv", lambda text: text.replace(b"0.", b"0.9", 1)),
     "json cut": lambda data: edited("ranking.json", lambda text: text[:-9]),
-    "json list": lambda data: edited("ranking.json", lambda text: b"[]"),
     "json size": lambda data: edited("ranking.json", lambda text: text.replace(b"64", b"65", 1)),
-    "label cut": lambda data: edited("*19.png", lambda png: png[:-20]),
     "label flipped": lambda data: edited("*19.png", lambda png: png[:-30] + b"?" + png[-29:]),
     "other images": lambda data: draw(next(data.rglob("train/*/*Img8bit.png")), 99, (64, 64)),
-    "an image gone": lambda data: next(data.rglob("train/*/*Img8bit.png")).unlink(),
-    "stage 1 trained anew": stage_1_anew,
+    "another stage 1": lambda data: shutil.copy("run/stage1/best.pth", "run/stage1/last.pth"),
 }
 
 
@@ -1320,17 +1102,13 @@ def test_stages_need_the_one_before_or_a_checkpoint(trained, scenes):
 # ====================================================================== BCL's rounds
 
 
-def test_bcl_files_and_log(trained, scenes):
+def test_bcl_files_and_log(trained):
     run = trained(bcl)
-    images = common.list_images("cityscapes", scenes / "Cityscapes")
-    log = records(run)
     assert (run / "warmup/last.pth").exists() and (run / "best.pth").exists()
-    assert all(label_names(run / f"round{k}/labels") == sorted(images) for k in (0, 1))
+    assert all(len([*run.glob(f"round{k}/labels/*/*.png")]) == 10 for k in (0, 1))
+    log = records(run)
     assert [(r["iter"], r["round"]) for r in log] == [(i + 1, i // 3) for i in range(6)]
-    assert all(len([v for k, v in r.items() if "loss" in k and math.isfinite(v)]) == 7 for r in log)
-    rates = [half * (1 - i / 3.6) ** 0.9 for half in (1, 0.5) for i in range(3)]
-    assert [r["lr"] / log[0]["lr"] for r in log] == approx(rates)
-    assert all(r["data_seconds"] > 0 for r in log)
+    assert all(len([v for k, v in r.items() if "loss" in k]) == 7 for r in log)
     assert [r["lr"] for r in records(run / "warmup")] == approx([2.5e-4, 2.5e-4 * 0.5**0.9])
     assert [r["round"] for r in records(run, "labels")] == [0, 1]
     for r in records(run, "labels"):
@@ -1358,7 +1136,6 @@ def test_static_labels_are_the_most_confident_pixels(trained, scenes):
 @pytest.mark.parametrize("source, coverage", [("gta5", 100), ("synthia", 0)])
 def test_classes_that_the_source_lacks_get_no_label(source, coverage, scenes):
     """A network that sees terrain everywhere, of which SYNTHIA has no pixel."""
-    assert [common.CLASSES[c] for c in common.ABSENT["synthia"]] == ["terrain", "truck", "train"]
     G = common.DeepLabV2(19, **NETWORK, aux=False)
     G.layer6.conv2d_list[0].bias.data[common.CLASSES.index("terrain")] = 100
     torch.save(G.state_dict(), "terrain.pth")
@@ -1374,34 +1151,35 @@ def test_classes_that_the_source_lacks_get_no_label(source, coverage, scenes):
 # ====================================================================== going on
 
 STAGES = {intrada: ("stage1", "stage3"), bcl: ("warmup", ".")}
+DISK_FULL, KILLED, CTRL_C, SIGTERM = 2, 9, 130, 143  # exit status
 
 
-class Killed(BaseException):
-    pass
+def end(status):
+    if status == KILLED:
+        sys.exit(KILLED)
+    elif status == DISK_FULL:  # a limit on the size of files makes writing fail as that does
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    else:
+        signal.raise_signal(status - 128)
 
 
-def die():
-    raise Killed
-
-
-def at_call(owner, name, count, act):
-    """Patch a function: before its count-th call, act."""
+def ends(module, flags, owner, name, count, status):
+    """Run until the count-th call of this function; before it comes what makes the run end."""
     real = getattr(owner, name)
     calls = []
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def patched(*args, **kwargs):
         calls.append(name)
         if len(calls) == count:
-            act()
+            end(status)
         return real(*args, **kwargs)
 
-    return mock.patch.object(owner, name, patched)
-
-
-def stopped(module, count, flags):
-    """Run until a signal comes after iteration `count` of all stages, which saves."""
-    with at_call(common.Log, "add", count, lambda: signal.raise_signal(signal.SIGTERM)):
-        assert call(module, *flags)[0] == 143
+    with mock.patch.object(owner, name, patched):
+        found, _, err = call(module, *flags)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert found == status and ("cannot write run" in err or status != DISK_FULL), (name, err)
 
 
 def what_a_log_says(folder):
@@ -1420,146 +1198,96 @@ def assert_same_run(module, whole):
     suffixes = (".png", ".csv", ".txt", ".json")
     for path in (p for p in whole.rglob("*") if p.suffix in suffixes):
         assert Path("run", path.relative_to(whole)).read_bytes() == path.read_bytes(), path
-    assert not [p for p in Path("run").rglob("*") if p.suffix == ".partial"]
+    assert not [*Path("run").rglob("*.partial"), *Path("run").rglob(f".{os.getpid()}.tmp")]
 
 
-@BOTH
-def test_training_opens_no_target_label(module, broken, trained):
-    """Nor does evaluation change what is trained."""
-    for path in (broken / "Cityscapes/gtFine/train").rglob("*.png"):
-        path.write_bytes(b"garbage")
-    flags = ["--data-root", broken, *FLAGS[module], "--eval-every", 0, "--out", "run"]
-    succeed(module, *flags)
-    for stage in STAGES[module]:
-        assert same(last(Path("run", stage))["model"], last(trained(module) / stage)["model"])
-
-
-LOSSES = (common.Log, "losses", 2)
-EVALUATION = (common, "evaluate", 1)
-POINTS = {  # (owner, function, call before which the process dies), one after the other
+LOSSES = (common.Log, "losses", 2, KILLED)
+EVALUATE = (common, "evaluate", 1, KILLED)
+FULL = [(common, "save", 1, DISK_FULL), (common.Log, "losses", 1, DISK_FULL)]
+ENDS = {  # (owner, function, call before which the run ends, exit status), one after the other
     intrada: [
-        (common, "save", 1), LOSSES, (os, "replace", 3), EVALUATION, (common.Log, "evaluation", 1),
-        (common, "write_png", 4), (os, "replace", 11), (os, "rename", 1), (intrada, "split", 1),
-        LOSSES, (common, "save", 2), EVALUATION, (common, "write_panel", 1),
+        (common, "save", 1, KILLED), LOSSES, *FULL, (os, "replace", 3, KILLED), EVALUATE,
+        (common.Log, "evaluation", 1, KILLED), (common, "evaluate", 1, SIGTERM),
+        (common, "write_png", 4, KILLED), (common, "write_png", 4, CTRL_C),
+        (os, "replace", 11, KILLED), (os, "rename", 1, KILLED), (intrada, "split", 1, KILLED),
+        LOSSES, (common, "save", 2, KILLED), EVALUATE, (common, "write_panel", 1, KILLED),
     ],
     bcl: [
-        LOSSES, (os, "replace", 2), EVALUATION, (common, "write_png", 4), (os, "rename", 1),
-        (bcl, "label_statistics", 1), LOSSES, (common, "save", 1), (os, "rename", 1),
-        (bcl, "report_labels", 1), LOSSES, (common, "save", 2), (bcl, "draw_labels", 1),
+        LOSSES, *FULL, (os, "replace", 2, KILLED), EVALUATE, (common, "evaluate", 1, SIGTERM),
+        (common, "write_png", 4, KILLED), (os, "rename", 1, KILLED),
+        (bcl, "report_labels", 1, KILLED), (bcl, "label_statistics", 1, KILLED),
+        (bcl, "label_statistics", 1, SIGTERM), LOSSES, (common, "save", 1, KILLED),
+        (os, "rename", 1, KILLED), (common, "write_png", 4, CTRL_C), LOSSES,
+        (common, "save", 2, KILLED), (bcl, "draw_labels", 1, KILLED),
     ],
 }  # fmt: skip
 FOREIGN = "notes.txt pictures/a.png round7/labels/x.png stage1/iter5.pth .cache/x.tmp .notes.tmp"
 
 
 @BOTH
-def test_killed_again_and_again(module, scenes, trained):
+def test_ended_again_and_again(module, broken, trained):
     """At many points, with 0 and 2 workers: files, weights and logs as if nothing had happened,
-    and files that the run did not write are still there."""
+    and files that the run did not write are still there. Target labels are never opened."""
+    for path in (broken / "Cityscapes/gtFine/train").rglob("*.png"):
+        path.write_bytes(b"garbage")
     for name in FOREIGN.split():
         common.write_text(Path("run", name), "mine")
-    flags = ["--data-root", scenes, *FLAGS[module], "--out", "run", "--workers"]
-    for turn, (owner, name, count) in enumerate(POINTS[module]):
-        with at_call(owner, name, count, die), pytest.raises(Killed):
-            succeed(module, *flags, 2 if turn % 4 == 2 else 0)
+    flags = ["--data-root", broken, *FLAGS[module], "--out", "run", "--workers"]
+    for turn, point in enumerate(ENDS[module]):
+        ends(module, [*flags, 2 if turn % 4 == 2 else 0], *point)
     succeed(module, *flags, 0)
     assert_same_run(module, trained(module))
     assert all(Path("run", name).read_text() == "mine" for name in FOREIGN.split())
 
 
+OTHER = {  # a flag of every group that makes a run what it is
+    intrada: ("--target-size 64x32", "--lr 0.5", "--alignment batchnorm", "--bn running"),
+    bcl: ("--crop 32", "--warmup-lr 0.5", "--rounds 3", "--tau 0.1", "--bn running"),
+}
+
+
 @BOTH
-def test_the_same_command_again(module, scenes, trained):
-    """Finished stages are skipped; other settings are refused by name, other intervals are not."""
+def test_the_same_command_again(module, broken, trained):
+    """Finished stages are skipped, wherever the data lie; other settings and data are refused by
+    name, other intervals are not."""
     shutil.copytree(trained(module), "run")
     before = {p: p.read_bytes() for p in Path("run").rglob("*.pth")}
-    flags = ["--data-root", scenes, *FLAGS[module], "--out", "run"]
+    flags = ["--data-root", broken, *FLAGS[module], "--out", "run"]
     with mock.patch.object(common.Log, "add") as trains:
         out = succeed(module, *flags, "--workers", 1, "--log-every", 3, "--save-every", 1)
         assert out.count("already trained") == 2 and "mIoU 19" in out and not trains.called
-    other = {"--lr": 0.5, "--seed": 3, "--bn": "running", "--batch-size": 1, "--lr-head-mult": 2}
-    other["--backbone-lr"] = "paper"
-    if module is bcl:
-        other.update({"--warmup-lr": 0.5, "--tau": 0.1, "--crop": 32, "--rounds": 3})
-    else:
-        other.update({"--max-iters": 9, "--alignment": "batchnorm", "--lambda-seg-aux": 0.2})
-    for flag, value in other.items():
-        refuses(module, [*flags, flag, value], flag.strip("-").replace("-", "_"))
     torch.save(common.DeepLabV2(19, **NETWORK).state_dict(), "init.pth")
-    refuses(module, [*flags, "--init", "init.pth"], "init")
+    for other in (*OTHER[module], "--init init.pth"):
+        name, value = other.split()
+        refuses(module, [*flags, name, value], f"({name.strip('-').replace('-', '_')} is")
+    with next((broken / "GTA5/labels").iterdir()).open("ab") as file:
+        file.write(b"of another size")
+    refuses(module, flags, "(images is")
     assert {p: p.read_bytes() for p in Path("run").rglob("*.pth")} == before
 
 
-@BOTH
-def test_data_may_move_but_not_change(module, trained, broken):
-    flags = [*FLAGS[module], "--out", "run", "--data-root"]
-    stopped(module, 4, [*flags, broken])
-    moved = broken.rename(broken.with_name("moved"))
-    succeed(module, *flags, moved)
-    assert_same_run(module, trained(module))
-    next((moved / "GTA5/labels").iterdir()).write_bytes(b"of another size")
-    refuses(module, [*flags, moved], "")
-
-
-def edit_labels(round_, kind):
-    about = json.loads((round_ / "labels.json").read_text())
-    if kind == "of round 0":
-        shutil.rmtree(round_)
-        shutil.copytree(round_.with_name("round0"), round_)
-    elif kind == "flipped":
-        path = next(round_.rglob("*.png"))
-        common.write_png(path, read(path) % 18)
-    elif kind == "cut":
-        (round_ / "labels.json").write_text("{")
-    else:  # thresholds of the wrong number
-        about["thresholds"] = [3, 4]
-        (round_ / "labels.json").write_text(json.dumps(about))
-
-
-@pytest.mark.parametrize("kind", ["of round 0", "flipped", "cut", "thresholds"])
-def test_static_labels_that_do_not_fit_are_refused(kind, scenes):
+def test_static_labels_that_do_not_fit_are_refused(scenes):
     """Within the second round, and at its start with its labels made."""
-    flags = ["--data-root", scenes, *BCL, "--out", "run"]
-    with at_call(bcl, "report_labels", 2, die), pytest.raises(Killed):
-        call(bcl, *flags)
-    shutil.copytree("run", "border")
-    stopped(bcl, 1, flags)
-    assert last("run")["iter"] == 4 and last("border")["iter"] == 3
-    for out in ("run", "border"):
-        edit_labels(Path(out, "round1"), kind)
-        refuses(bcl, [*flags[:-1], out], f"{out}/round1")
+    flags = ["--data-root", scenes, *BCL, "--out"]
+    ends(bcl, [*flags, "border"], bcl, "report_labels", 2, KILLED)
+    shutil.copytree("border", "within")
+    ends(bcl, [*flags, "within"], common.Log, "add", 1, SIGTERM)
+    assert last("within")["iter"] == 4 and last("border")["iter"] == 3
+    for out, damage in product(("within", "border"), ("of round 0", "flipped", "cut")):
+        shutil.copytree(out, f"{out} {damage}")
+        labels = Path(f"{out} {damage}", "round1")
+        if damage == "of round 0":
+            shutil.rmtree(labels)
+            shutil.copytree(labels.with_name("round0"), labels)
+        elif damage == "flipped":
+            path = next(labels.rglob("*.png"))
+            common.write_png(path, read(path) % 18)
+        else:
+            (labels / "labels.json").write_text("{")
+        refuses(bcl, [*flags, labels.parent], str(labels))
 
 
-# ====================================================================== signals, disks, numbers
-
-MOMENTS = [  # (script, owner, function before whose so manieth call a signal comes)
-    (intrada, common.Log, "add", 2), (intrada, common, "evaluate", 2),
-    (intrada, common, "write_png", 4), (intrada, common.Log, "add", 6),
-    (bcl, common, "evaluate", 1), (bcl, common, "write_png", 4),
-    (bcl, bcl, "label_statistics", 2), (bcl, common.Log, "add", 6),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("module, owner, name, count", MOMENTS)
-def test_a_signal_stops_a_run(module, owner, name, count, scenes, trained):
-    """It leaves with 128 + the signal's number, trains at most one more iteration, and goes on."""
-    number = signal.SIGINT if name == "write_png" else signal.SIGTERM
-    flags = ["--data-root", scenes, *FLAGS[module], "--out", "run"]
-    sent = []
-    late = []
-    real = common.Log.add
-
-    def add(*args, **losses):
-        late.extend(sent)
-        return real(*args, **losses)
-
-    def send():
-        sent.append(number)
-        signal.raise_signal(number)
-
-    with mock.patch.object(common.Log, "add", add), at_call(owner, name, count, send):
-        assert call(module, *flags)[0] == 128 + number
-    assert sent and len(late) <= 1
-    succeed(module, *flags)
-    assert_same_run(module, trained(module))
+# ====================================================================== signals and numbers
 
 
 def test_ctrl_c_saves_and_kill_9_leaves_no_lock(scenes):
@@ -1569,43 +1297,21 @@ def test_ctrl_c_saves_and_kill_9_leaves_no_lock(scenes):
     flags = ["--data-root", scenes, *INTRADA, *long.split(), "--save-every", 4]
     command = [sys.executable, *map(str, [HERE / "intrada.py", *flags])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number, send in ((signal.SIGINT, os.killpg), (signal.SIGKILL, os.kill)):
         running = subprocess.Popen(command, start_new_session=True, **pipes)
         for _ in range(8):  # of which the first does not report an iteration
             running.stdout.readline()
         refuses(intrada, flags, "--out run")
-        if number == signal.SIGINT:
-            os.killpg(running.pid, number)
-        else:
-            running.kill()
+        send(running.pid, number)
         _, err = running.communicate(timeout=60)
         if number == signal.SIGINT:
-            assert running.returncode == 130 and "Traceback" not in err, err
+            assert running.returncode == CTRL_C and "Traceback" not in err, err
             assert last("run/stage1")["iter"] == records("run/stage1")[-1]["iter"] >= 5
     common.write_text("run/.123.tmp", "half a file")
-    stopped(intrada, 2, flags)
+    ends(intrada, flags, common.Log, "add", 2, SIGTERM)
     assert not Path("run/.123.tmp").exists()
     starts = [r["iter"] for r in records("run/stage1", "start")]
     assert len(starts) == 3 and last("run/stage1")["iter"] == starts[2] + 2 >= starts[1] + 6
-
-
-@BOTH
-def test_a_full_disk_leaves_the_last_checkpoint(module, trained, scenes):
-    """A limit on the size of files makes writing fail as a full disk does."""
-    flags = ["--data-root", scenes, *FLAGS[module], "--out", "run"]
-    stopped(module, 5, flags)
-    before = {p: p.read_bytes() for p in Path("run").rglob("last.pth")}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (50_000, 10):  # a checkpoint does not fit; nor does the log
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-        try:
-            refuses(module, flags, "cannot write run")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        assert {p: p.read_bytes() for p in Path("run").rglob("last.pth")} == before
-    assert not list(Path("run").rglob("*.tmp"))
-    succeed(module, *flags)
-    assert_same_run(module, trained(module))
 
 
 def test_what_is_not_finite_is_named_and_not_saved(scenes):
@@ -1637,49 +1343,39 @@ def terms(folder):
     return [[v for k, v in r.items() if k.startswith("loss")] for r in records(folder)]
 
 
-@pytest.fixture(scope="session")
-def warm(scenes, tmp_path_factory):
-    """Weights whose running statistics fit the scenes."""
-    out = tmp_path_factory.mktemp("warm")
-    flags = "--stage 1 --alignment none --max-iters 40 --stop-iters 40 --eval-every 0 --lr 1e-3"
-    flags = [*INTRADA, *flags.split(), "--save-every", 100, "--out", out]
-    succeed(intrada, "--data-root", scenes, *flags)
-    return out / "stage1/last.pth"
-
-
-STOP = """import signal, sys
-sys.path.insert(0, {here!r})
-import common, intrada
-real, count = common.Log.add, 0
-def add(*args, **losses):
-    global count
-    count += 1
-    if count == 2 and common.rank() == 1:
-        signal.raise_signal(signal.SIGTERM)
-    real(*args, **losses)
-common.Log.add = add
+STOPPED = f"""import os, sys
+sys.path.insert(0, {str(HERE)!r})
+from test_smoke import SIGTERM, common, end, intrada
+real = common.Log.losses
+def losses(log, it, *args, **more):
+    if it == 2 and os.environ["RANK"] == "1":
+        end(SIGTERM)
+    real(log, it, *args, **more)
+common.Log.losses = losses
 common.launch(intrada.main)
 """
 
 
-def test_two_processes_follow_one(scenes, warm):
+def test_two_processes_follow_one(scenes, trained):
     """With half of the batch each; a signal to one of the two stops both, and they go on."""
-    flags = ["--data-root", scenes, *INTRADA, "--init", warm, "--bn", "running", "--lr", 1e-3]
+    init = trained(intrada) / "stage1/last.pth"
+    flags = ["--data-root", scenes, *INTRADA, "--init", init, "--bn", "running", "--lr", 1e-3]
     succeed(intrada, *flags, "--out", "one")
     flags += ["--out", "two", "--batch-size", 1]
-    Path("stop.py").write_text(STOP.format(here=str(HERE)))
+    Path("stopped.py").write_text(STOPPED)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = process(*torchrun, "stop.py", *flags)
+    done = process(*torchrun, "stopped.py", *flags)
     assert done.returncode != 0 and last("two/stage1")["iter"] == 2, done.stderr
     done = process(*torchrun, HERE / "intrada.py", *flags)
     assert done.returncode == 0 and done.stdout.count("mIoU 19") == 1, done.stderr
     assert [r["iter"] for r in records("two/stage1", "start")] == [0, 2]
     for stage in ("stage1", "stage3"):
-        a, b = last(Path("one", stage)), last(Path("two", stage))
+        one = last(Path("one", stage))
+        two = last(Path("two", stage))
         for part in ("model", "discriminators"):  # both moved, and by nearly the same
-            start = last(warm.parent)[part]
-            moved = sum((a[part][name] - start[name]).abs().sum() for name in start)
-            apart = sum((a[part][name] - b[part][name]).abs().sum() for name in start)
+            start = torch.load(init)[part]
+            moved = sum((one[part][name] - start[name]).abs().sum() for name in start)
+            apart = sum((one[part][name] - two[part][name]).abs().sum() for name in start)
             assert moved > 0 and apart < 0.1 * moved
         assert np.allclose(terms(Path("one", stage)), terms(Path("two", stage)), rtol=0.01)
         scores = [records(Path(run, stage), "evaluation")[-1]["miou19"] for run in ("one", "two")]
@@ -1693,19 +1389,22 @@ def test_two_processes_follow_one(scenes, warm):
     ("--amp", 0.03), ("--compile", 1e-4),
     *([(f"--device cuda {more}", 0.03) for more in ("--no-amp", "--amp --compile")] * CUDA),
 ])  # fmt: skip
-def test_fast_ways_follow_float32_on_the_cpu(flags, tolerance, scenes, warm):
+def test_fast_ways_follow_float32_on_the_cpu(flags, tolerance, scenes, trained):
     """On the CPU compiled code is traced and differentiated, but not generated: that takes long."""
-    options = ["--data-root", scenes, *INTRADA, "--stage", 1, "--init", warm, "--eval-every", 0]
+    init = trained(intrada) / "stage1/last.pth"
+    options = ["--data-root", scenes, *INTRADA, "--stage", 1, "--init", init, "--eval-every", 0]
     succeed(intrada, *options, "--out", "a")
     backend = "inductor" if "cuda" in flags else "aot_eager"
     real = functools.partial(torch.compile, backend=backend)
     with mock.patch.object(torch, "compile", side_effect=real) as compiled:
         succeed(intrada, *options, "--out", "b", *flags.split())
-    a, b = terms("a/stage1"), terms("b/stage1")
+    a = terms("a/stage1")
+    b = terms("b/stage1")
     assert len(a) == 4 and np.allclose(a, b, rtol=tolerance)
     assert "--amp" not in flags or a != b
     assert (compiled.call_count >= 3) == ("--compile" in flags)  # G, I and CE
-    one, other = last("a/stage1")["model"], last("b/stage1")["model"]
+    one = last("a/stage1")["model"]
+    other = last("b/stage1")["model"]
     assert difference(one, other) < tolerance
     assert all(one[name].dtype == other[name].dtype for name in one)
     if "cuda" in flags:
@@ -1726,7 +1425,7 @@ def test_training_leaves_pictures(trained, scenes):
     rows = [sheets[3][y : y + 128] for y in (22, 152)]
     cells = [[row[:, 2 + 130 * c :][:, :128] for c in range(7)] for row in rows]
     image, label = common.validation_set("cityscapes", scenes / "Cityscapes", 19, None).open(0)
-    truth = common.colour(np.asarray(label.resize((128, 128), Image.NEAREST)), 19)
+    truth = common.palette(19)[np.asarray(label.resize((128, 128), Image.NEAREST))]
     assert np.array_equal(cells[0][2], image.resize((128, 128), Image.BICUBIC))
     assert np.array_equal(cells[0][6], truth)
     equal = [np.array_equal(a, b) for a, b in zip(*cells)]  # dynamic labels change, static do not
@@ -1735,36 +1434,23 @@ def test_training_leaves_pictures(trained, scenes):
 
 # ====================================================================== bad input
 
-FIRST_WORD = {  # the message names the flag
-    intrada: (
-        "--ratio 1.5", "--ratio x", "--target-size 20x20", "--target-size 99999x99999",
-        "--source-size 64", "--stage 4", "--layers 1,2,3", "--width 0", "--max-iters 1e3",
-        "--max-iters 99999999999", "--stop-iters 7", "--lr -1", "--lr nan", "--num-classes 7",
-        "--source kitti", "--unknown 1", "--init imagenet", "--save-every 0", "--resume",
-        "--ckpt net.pth --stage 3", "--ranking folder", "--source folder",
-        "--compile --checkpoint-activations",
-    ),
-    bcl: (
-        "--tau 1.5", "--momentum 2", "--temperature 0", "--labels both", "--crop 8", "--crop 16385",
-        "--scales a,b", "--scales 0", "--rounds 0", "--tua 0.8", "--num-classes 7",
-        "--init imagenet", "--target folder", "--compile --checkpoint-activations",
-    ),
-}  # fmt: skip
-BAD_FLAGS = [(one, f, f.split()[0]) for one, many in FIRST_WORD.items() for f in many]
-BAD_FLAGS += [  # script, flags, what the message names
-    (intrada, "stage1", "stage1"), (intrada, "--data-root nowhere", "nowhere"),
-    (bcl, "--data-root file", "file"), (bcl, "--source-root nowhere", "nowhere"),
-    (intrada, "--source folder --source-root folder --target folder --target-root folder", "one"),
-    (intrada, "--init nowhere.pth", "nowhere.pth"), (bcl, "--init folder", "folder"),
-    (intrada, "--init file", "file"), (intrada, "--stage 2 --ckpt nowhere.pth", "nowhere.pth"),
-    (intrada, "--stage 2 --ckpt file", "file"), (intrada, "--stage 3 --ranking folder", "folder"),
-    (intrada, "--out file/run", "file"), (bcl, "--out file", "file"),
-    (intrada, "--out occupied", "occupied/stage1"), (intrada, "--out link", "link"),
+EITHER = [  # flags that both scripts refuse; what the message names
+    ("--unknown 1", "--unknown"), ("--source kitti", "--source"), ("--lr x", "--lr"),
+    ("--lr nan", "--lr"), ("--target-size 20x20", "--target-size"), ("--layers 1,2,3", "--layers"),
+    ("--num-classes 7", "--num-classes"), ("--init imagenet", "--init"),
+    ("--target folder", "--target-root"), ("--source cityscapes", "--source cityscapes"),
+    ("--source folder --source-root folder --target folder --target-root folder", "one folder"),
+    ("--compile --checkpoint-activations", "--compile"), ("--data-root nowhere", "nowhere"),
+    ("--init nowhere.pth", "nowhere.pth"), ("--out file/run", "file"),
 ]  # fmt: skip
-
-
-def text_of(value):
-    return value if isinstance(value, str) else ""
+BAD_FLAGS = [(module, *row) for module in (intrada, bcl) for row in EITHER]
+BAD_FLAGS += [
+    (bcl, "--scales 0", "--scales"), (intrada, "--stop-iters 7", "--stop-iters"),
+    (intrada, "--ckpt file --stage 3", "--ckpt"), (intrada, "--ranking folder", "--ranking"),
+    (intrada, "--ratio 0.09", "--ratio"), (intrada, "--stage 3 --ranking folder", "folder"),
+    (intrada, "--normalize-entropy --num-classes 7", "--normalize-entropy"),
+    (intrada, "--out occupied", "occupied/stage1"),
+]  # fmt: skip
 
 
 def refuses_and_writes_nothing(module, flags, culprit):
@@ -1774,54 +1460,35 @@ def refuses_and_writes_nothing(module, flags, culprit):
     assert {p.name for p in written} <= {".lock"}
 
 
-@pytest.mark.parametrize("module, flags, culprit", BAD_FLAGS, ids=text_of)
+@pytest.mark.parametrize("module, flags, culprit", BAD_FLAGS)
 def test_bad_flags(module, flags, culprit, scenes):
     Path("file").write_text("not a checkpoint")
     Path("folder").mkdir()
-    Path("link").symlink_to("nowhere/else")
     common.write_text("occupied/stage1", "a file")
     all_flags = ["--data-root", scenes, *FLAGS[module], *flags.split()]
     refuses_and_writes_nothing(module, all_flags, culprit)
 
 
-def filled(value, dtype=np.uint8):
-    return lambda path: Image.fromarray(np.full((64, 64), value, dtype)).save(path)
-
-
-def each(change):
-    return lambda folder: [change(path) for path in folder.rglob("*.png")]
-
-
-def as_trainids(path):
-    table = common.trainid_table(common.CITYSCAPES_IDS)
-    Image.fromarray(table[read(path)]).save(path)
-
-
-def replaced(make):
-    return lambda path: (path.unlink(), make(path))
+def filled(path, *values, dtype=np.uint8):
+    Image.fromarray(np.resize(np.array(values, dtype), (64, 64))).save(path)
 
 
 HALF = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x40"
-PICTURE = "GTA5/images/00001.png"
-ITS_LABEL = "GTA5/labels/00001.png"
 TRAIN = "Cityscapes/leftImg8bit/train"
-A_TARGET = "aldenburg_000000_000019_leftImg8bit.png"
-BAD_DATA = [  # file or folder below the data root; what is done to it; what the message names
-    (PICTURE, lambda path: path.write_bytes(HALF), "00001.png"),
-    (PICTURE, filled(3000, np.uint16), "00001.png"), (PICTURE, replaced(os.mkfifo), "00001.png"),
-    (ITS_LABEL, Path.unlink, "00001"), (ITS_LABEL, filled(128), "128"),
-    ("GTA5/labels", each(filled(1)), "00001.png"), ("GTA5/labels", each(as_trainids), "trainIds"),
-    ("GTA5", shutil.rmtree, "GTA5"), ("Cityscapes/gtFine/val", each(filled(255)), "gtFine/val"),
-    ("Cityscapes/gtFine/val", each(as_trainids), "gtFine/val"),
-    (TRAIN, shutil.rmtree, "leftImg8bit"),
-    (f"{TRAIN}/aldenburg/{A_TARGET}", lambda path: path.write_bytes(HALF), A_TARGET),
-    (TRAIN, lambda path: filled(9)(path / "a\nb_leftImg8bit.png"), "rename"),
-]  # fmt: skip
+BAD_DATA = [  # files below the data root; what is done to each; what the message names
+    ("GTA5/images/00001.png", lambda path: path.write_bytes(HALF), "00001.png"),
+    ("GTA5/images/00001.png", lambda path: filled(path, 3000, dtype=np.uint16), "00001.png"),
+    ("GTA5/labels/*", lambda path: filled(path, 1), "00001.png"),
+    ("GTA5/labels/*", lambda path: filled(path, 1, 8), "trainIds"),  # few ids, and low ones
+    ("Cityscapes/gtFine/val/*/*", lambda path: filled(path, 255), "gtFine/val"),
+    (f"{TRAIN}/aldenburg/*", lambda path: path.write_bytes(HALF), TRAIN),
+]
 
 
-@pytest.mark.parametrize("name, change, culprit", BAD_DATA, ids=text_of)
-def test_damaged_data(name, change, culprit, broken):
-    change(broken / name)
+@pytest.mark.parametrize("pattern, change, culprit", BAD_DATA)
+def test_damaged_data(pattern, change, culprit, broken):
+    for path in list(broken.glob(pattern)):
+        change(path)
     for module in (intrada, bcl):
         flags = ["--data-root", broken, *FLAGS[module], "--out", "run"]
         refuses_and_writes_nothing(module, flags, culprit)
@@ -1829,13 +1496,10 @@ def test_damaged_data(name, change, culprit, broken):
 
 def test_a_reading_process_passes_its_sentence_on(broken):
     """A file that the first look does not open, met by a worker in the middle of training."""
-    for number in range(9, 40):
-        shutil.copy(broken / PICTURE, broken / f"GTA5/images/{number:05d}.png")
-        shutil.copy(broken / ITS_LABEL, broken / f"GTA5/labels/{number:05d}.png")
-    looked = {1 + i for i in common.spread(39, 8)}
-    for number in {*range(1, 40)} - looked:
-        (broken / f"GTA5/images/{number:05d}.png").write_bytes(HALF)
-    flags = [*INTRADA, "--stage", 1, "--workers", 1, "--out", "run"]
+    paths = sorted((broken / TRAIN).rglob("*.png"))
+    for index in {*range(10)} - {*common.spread(10, 8)}:
+        paths[index].write_bytes(HALF)
+    flags = [*INTRADA, "--stage", 1, "--stop-iters", 6, "--workers", 1, "--out", "run"]
     done = process(HERE / "intrada.py", "--data-root", broken, *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ") and ".png" in done.stderr
@@ -1865,12 +1529,13 @@ def test_scores_pictures_and_label_ids(scenes):
     networks = [noisy_network(0), noisy_network(1)]
     save("runs/a/stage1/last.pth", networks[0])
     save("runs/a/stage3/last.pth", networks[1])
+    titles = eval_script.column_titles([Path(f"runs/a/stage{i}/last.pth") for i in (1, 3)])
+    assert titles == ["stage1", "stage3"]
     out = succeed(
         eval_script, "--ckpt", "runs/a/stage1/last.pth", "runs/a/stage3/last.pth", "--data-root",
         scenes, "--input-size", "96x64", "--json", "out/scores.json", "--save-dir", "maps",
         "--label-ids", "ids", "--panel", "panel.png", *CPU,
     )  # fmt: skip
-    assert "mIoU 13" in out and "5 images" in out
     confusion = np.zeros((19, 19), int)
     for name, (image, label) in val_pairs(scenes).items():
         logits = sum(plain_logits(network, image, (96, 64)) for network in networks) / 2
@@ -1884,15 +1549,13 @@ def test_scores_pictures_and_label_ids(scenes):
         entropy = read(f"maps/{name}_entropy.png")[..., 0]
         assert np.abs(entropy - plain_entropy(logits)).max() < 1
         ids = Image.open(f"ids/{name.split('/')[-1]}_pred_labelIds.png")
-        assert ids.mode == "L" and ids.size == (64, 64)
-        assert np.array_equal(ids, np.array(CITYSCAPES_IDS)[np.asarray(picture)])
+        assert ids.mode == "L" and np.array_equal(ids, np.array(CITYSCAPES_IDS)[picture])
     found = json.loads(Path("out/scores.json").read_text())
     assert np.abs(found["confusion"] - confusion).sum() <= 4
     assert np.sum(found["confusion"]) == confusion.sum()
     expected = common.scores(torch.tensor(found["confusion"]))
-    for name in ("miou19", "miou16", "miou13"):
-        assert found[name] == approx(expected[name])
-    assert list(found["iou"]) == list(common.CLASSES) and found["images"] == 5
+    assert all(found[name] == expected[name] for name in expected)
+    assert "mIoU 13" in out and "5 images" in out and found["images"] == 5
     assert len(list(Path("ids").iterdir())) == 5 and Image.open("panel.png").width > 128
 
 
@@ -1926,8 +1589,6 @@ def test_test_labels_are_not_read():
         succeed(eval_script, *flags, "--label-ids", "ids")
     ids = read("ids/berlin_000000_000019_pred_labelIds.png")
     assert ids.shape == (50, 100) and set(np.unique(ids)) <= set(CITYSCAPES_IDS)
-    refuses(eval_script, flags, "test labels are dummies")
-    refuses(eval_script, [*flags, "--label-ids", "ids", "--json", "x.json"], "--json")
 
 
 def test_sixteen_classes_are_scored_on_cityscapes(scenes):
@@ -1976,9 +1637,9 @@ def test_images_of_any_kind():
     Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save("other/deep.png")
     Path("in/broken.jpg").write_bytes(b"no image")
     Path("in/notes.txt").write_text("no image")
-    flags = ["--ckpt", "net.pth", "--images", "in", "oth*/*", "other/deep.png", *CPU, "--save-dir"]
-    status, out, err = call(eval_script, *flags, "out")
-    assert status == 2 and "in/broken.jpg" in err and "1 images" in err and "4 images" in out
+    flags = ["--ckpt", "net.pth", "--device", "cpu", "--images", "in", "oth*/*", "other/deep.png"]
+    status, out, err = call(eval_script, *flags, "--save-dir", "out")
+    assert status == 2 and "in/broken.jpg" in err and "1 of 5" in err and "4 images" in out
     pixels = {
         "a/b/turned": np.rot90(rgb, -1),
         "palette": np.array(Image.open("in/palette.png").convert("RGB")),
@@ -1999,9 +1660,9 @@ def test_images_of_any_kind():
         assert np.array_equal(overlay, (photo + common.PALETTE[ids].astype(int)) // 2)
         assert np.abs(entropy[..., 0] - plain_entropy(logits)).max() <= 1
     Path("in/broken.jpg").unlink()
-    succeed(eval_script, *flags, "in")
+    succeed(eval_script, *flags, "--save-dir", "in")
     before = sorted(Path("in").rglob("*"))
-    succeed(eval_script, *flags, "in")  # its own outputs are no images
+    succeed(eval_script, *flags, "--save-dir", "in")  # its own outputs are no images
     assert sorted(Path("in").rglob("*")) == before
 
 
@@ -2011,7 +1672,7 @@ def test_outputs_stay_in_their_folder_and_overwrite_no_input(scenes):
         path = draw(f"{name}.png", size=(64, 64))
         path.rename(name)
     before = Path("x/a_trainids.png").read_bytes()
-    flags = ["--ckpt", "net.pth", *CPU, "--images"]
+    flags = ["--ckpt", "net.pth", "--device", "cpu", "--images"]
     succeed(eval_script, *flags, "dots/..png", "dots/...png", "--save-dir", "out/in")
     assert len(list(Path("out/in").iterdir())) == 6 and len(list(Path("out").iterdir())) == 1
     refuses(eval_script, [*flags, "x", "--save-dir", "x"], "x/a_trainids.png")
@@ -2019,11 +1680,11 @@ def test_outputs_stay_in_their_folder_and_overwrite_no_input(scenes):
     Path("link").mkdir()
     Path("link/sub").symlink_to("../x")
     refuses(eval_script, [*flags, "in", "--save-dir", "link"], "link")
-    image = next(iter(val_pairs(scenes).values()))[0]
-    before = image.read_bytes()
-    flags = ["--ckpt", "net.pth", "--data-root", scenes, "--json", image, *CPU]
-    refuses(eval_script, flags, "input")
-    assert image.read_bytes() == before
+    label = next(iter(val_pairs(scenes).values()))[1]
+    before = label.read_bytes()
+    flags = ["--ckpt", "net.pth", "--data-root", scenes, "--json", label, *CPU]
+    refuses(eval_script, flags, "is an input")
+    assert label.read_bytes() == before
 
 
 # ====================================================================== eval.py: comparison, curves
@@ -2047,53 +1708,45 @@ def test_compare():
         write_log(f"runs/a{seed}/log.jsonl", "bcl", seed, values, labels="hybrid", tau="0.8")
     write_log("runs/b0/log.jsonl", "bcl", 0, (10, 12), labels="static", tau="0.8")
     write_log("runs/b1/log.jsonl", "bcl", 0, (10, 13), labels="hybrid", tau="0.5")
-    write_log("runs/c/stage1/log.jsonl", "stage1", 0, (8, 9))
-    write_log("runs/d/stage1/log.jsonl", "stage1", 1, (8, 10))
+    write_log("runs/c/stage1/log.jsonl", "stage1", 0, (8, 9), init="0123456789abcdef")
+    write_log("runs/d/stage1/log.jsonl", "stage1", 1, (8, 10), init="fedcba9876543210")
     write_log("runs/e/log.jsonl", "stage3", 0, (8, 9), iters=30)
-    write_log("runs/g/log.jsonl", "stage1", 0, (50, 60), classes=("cat", "dog"))
-    write_log("runs/h/log.jsonl", "stage3", 0, ())
-    with open("runs/h/log.jsonl", "a") as file:
-        file.write('{"iter": 20, "loss_seg": 1}\n')
+    write_log("runs/g/log.jsonl", "stage1", 0, (50, 60), classes=("cat", "dog"), init="file")
+    write_log("runs/h/log.jsonl", "stage3", 0, (), iters=0)
     os.utime("runs/a0/log.jsonl", (1, 1))
     write_log("runs/f/log.jsonl", "bcl", 0, (10, 20), labels="hybrid", tau="0.8")  # a0 once more
     out = succeed(eval_script, "--compare", "runs/[ab]*", "runs", "--save-dir", "out")
     assert "runs/e/log.jsonl stopped at iteration 20 of 30" in out
     assert "runs/h/log.jsonl was not evaluated" in out and "left out: runs/a0" in out
     rows = json.loads(Path("out/compare.json").read_text())
-    assert [row["metric"] for row in rows if row["stage"] == "stage1"] == ["miou19", "miou2"]
-    rows = {row["label"]: row for row in rows if row["metric"] == "miou19"}
-    assert list(rows) == ["bcl", "bcl labels=static", "bcl tau=0.5", "stage1"]
-    row = rows["bcl"]
-    assert row["seeds"] == ["0", "1", "2"] and row["last"]["mean"] == 25
-    assert row["last"]["std"] == approx(math.sqrt((25 + 1 + 36) / 2))
-    assert row["best"]["values"] == [20, 24, 31] and row["iou"]["road"]["mean"] == 50
-    assert rows["bcl tau=0.5"]["last"]["std"] is None
+    labels = ["stage1", "bcl", "bcl labels=static", "bcl tau=0.5", "stage1"]
+    assert [row["label"] for row in rows] == labels and rows[0]["classes"] == ["cat", "dog"]
+    assert dict(zip(rows[1]["seed"], rows[1]["last"])) == {"0": 20, "1": 24, "2": 31}
+    assert sorted(rows[1]["best"]) == [20, 24, 31]
     text = Path("out/compare.md").read_text()
-    assert re.search(r"\| 1 +\| bcl +\| 3 +\| 25\.0 ± 5\.6 +\| 25\.0 ± 5\.6 +\|", text)
-    assert re.search(r"\| road +\| 50\.0 ± 11\.1 \| 24\.0", text) and text in out
-    assert "mIoU 2, last" in text and re.search(r"\| 1 +\| stage1 +\| 1 +\| 60.0 ", text)
+    assert "| 1 | bcl | 3 | 25.0 ± 5.6 | 25.0 ± 5.6 |" in text and text in out
+    assert "| road | 50.0 ± 11.1 | 24.0 | 26.0 | 19.0 ± 1.4 |" in text and "| sky | - |" in text
+    assert "mIoU 2, last" in text and "| 1 | stage1 | 1 | 60.0 | 60.0 |" in text
     assert Image.open("out/compare.png").width > 500
 
 
 def test_compare_on_foreign_logs():
     start = {"iter": 0, "event": "start", "stage": "bcl", "iters": 1, "settings": {"seed": "0"}}
-    done = {"iter": 1, "event": "evaluation", "miou19": "high", "iou": {"road": None}}
-    start, bad_settings, no_iters, done, no_iou, odd_iou = map(json.dumps, (
-        start, {**start, "settings": 3}, {"iter": 0, "event": "start", "stage": "bcl"}, done,
-        {"iter": 1, "event": "evaluation"}, {**done, "iou": [1]},
-    ))  # fmt: skip
+    done = {"iter": 1, "event": "evaluation", "miou19": 1.0, "iou": {"road": None}}
+    starts = [{**start, "settings": 3}, {"iter": 0, "event": "start", "stage": "bcl"}]
+    ends = [{"iter": 1, "event": "evaluation"}, {**done, "iou": [1]}, {**done, "miou19": "high"}]
     lines = '123\n[]\n"x"\n{\n{"iter": "x"}\nnull\n\n'
-    foreign = [lines, "\0\1\2", bad_settings, no_iters, f"{start}\n{no_iou}", f"{start}\n{odd_iou}"]
-    for number, text in enumerate([*foreign, f"{start}\n{done[:-9]}"]):
-        common.write_text(f"runs/{number}/log.jsonl", text)
+    foreign = [(one, done) for one in starts] + [(start, one) for one in ends]
+    for number, pair in enumerate(foreign):
+        common.write_text(f"runs/{number}/log.jsonl", "\n".join(map(json.dumps, pair)))
+    common.write_text("runs/none/log.jsonl", lines + "\0\1\2")
     Path("runs/folder/log.jsonl").mkdir(parents=True)
     refuses(eval_script, ["--compare", "runs"], "--compare")
     write_log("runs/ours/log.jsonl", "bcl", 0, (10, 20))
     good = Path("runs/ours/log.jsonl").read_text()
     Path("runs/ours/log.jsonl").write_text(f"{lines}{good}{{'iter': 30, 'lo")
-    common.write_text("runs/odd/log.jsonl", f"{start}\n{done}\n123\n[]")
     out = succeed(eval_script, "--compare", "runs")
-    assert out.count("left out") == 7 and "20.0" in out
+    assert out.count("is no log of a training run") == len(foreign) + 1 and "20.0" in out
 
 
 def test_curves():
@@ -2101,7 +1754,7 @@ def test_curves():
     for flags in (["--curves", "run/stage1"], ["--compare", "run", "--save-dir", "out"]):
         with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
             refuses(eval_script, flags, "pip install matplotlib")
-    refuses(eval_script, ["--curves", "run"], "run/stage1")
+    refuses(eval_script, ["--curves", "run"], "run/log.jsonl")
     pytest.importorskip("matplotlib")
     succeed(eval_script, "--curves", "run/stage1")
     assert Image.open("run/stage1/curves.png").width > 500
@@ -2119,53 +1772,48 @@ def test_features(scenes):
         succeed(eval_script, *flags, *["--tsne"] * SKLEARN)
     assert not SKLEARN or Image.open("a.png").width > 500
     found = np.load("a.npz")
-    assert found["features"].dtype == np.float32 and list(found["names"]) == list(common.CLASSES)
-    trees = (("gta5", "GTA5", "train"), ("cityscapes", "Cityscapes", "val"))
-    for domain, (kind, root, split) in enumerate(trees):
+    assert list(found["names"]) == list(common.CLASSES)
+    source_pairs = common.list_pairs("gta5", scenes / "GTA5")
+    for domain, pairs in enumerate((source_pairs, val_pairs(scenes))):
         features = []
         labels = []
-        for image, label in common.list_pairs(kind, scenes / root, split).values():
+        for image, label in pairs.values():
             with torch.no_grad():
-                f = network(common.normalize(read_rgb(image))).features[0]
-            y = torch.from_numpy(np.array(common.read_label(label, kind, 19)))[None]
-            features.append(f.flatten(1).T)
-            labels.append(picked(y, f.shape[1]).flatten())
-        features, labels = torch.cat(features), torch.cat(labels)
-        tolerance = 1e-5 * features.abs().max()
-        for c in range(19):
+                features.append(network(common.normalize(read_rgb(image))).features[0])
+            y = np.array(common.read_label(label, "cityscapes", 19))  # GTA5 has the same ids
+            labels.append(picked(torch.from_numpy(y)[None], 9))
+        features = torch.cat([f.flatten(1) for f in features], 1).T
+        labels = torch.cat(labels).flatten()
+        for c in labels[labels < 19].unique().tolist():
             own = (found["domain"] == domain) & (found["label"] == c)
             points = torch.from_numpy(found["features"][own & ~found["is_prototype"]])
             prototype = torch.from_numpy(found["features"][own & found["is_prototype"]])
             every = features[labels == c]
-            assert len(points) == min(7, len(every)) and len(prototype) == min(1, len(every))
-            if len(every):
-                nearest = (every[None] - points[:, None]).abs().amax(2).min(1)
-                assert nearest.values.max() < tolerance
-                assert len(nearest.indices.unique()) == len(points)
-                assert torch.allclose(prototype[0], every.mean(0), atol=tolerance)
+            assert (prototype - every.mean(0, keepdim=True)).abs().max() < 1e-5 * features.max()
+            distance, place = (every[None] - points[:, None]).abs().amax(2).min(1)
+            assert distance.max() < 1e-5 * features.max()
+            assert len(place.unique()) == len(points) == min(7, len(every))
 
 
 # ====================================================================== eval.py: refusals
 
 REFUSED = [  # flags, what the message names
-    ("", "runs/"), ("--ckpt file", "file"), ("--ckpt nowhere", "nowhere"),
-    ("--input-size 10x10", "--input-size"), ("--workers -1", "--workers"),
-    ("--branches 3", "--branches"), ("--target folder", "--target-root"),
+    ("", "runs/"), ("--ckpt file", "file"), ("--input-size 10x10", "--input-size"),
+    ("--workers -1", "--workers"), ("--target folder", "--target-root"),
     ("--images file", "--save-dir"), ("--images file --compare file", "--compare"),
     ("--compare file --json x", "--json"), ("--curves file --save-dir=x", "--save-dir"),
     ("--json x --tsne", "--tsne"), ("--source gta5", "--source"), ("--compare nowhere", "nowhere"),
-    ("--compare folder", "folder"), ("--features a.txt", "a.txt"),
-    ("--ckpt net.pth --images nowhere.png --save-dir out", "nowhere.png"),
-    ("--ckpt net.pth --images *.jpg --save-dir out", "*.jpg"),
+    ("--features a.txt", "a.txt"), ("--ckpt net.pth --images *.jpg --save-dir out", "*.jpg"),
     ("--ckpt net.pth --images folder --save-dir out", "folder"),
-    ("--ckpt net.pth seven.pth", "7 classes"), ("--ckpt seven.pth", "7 classes"),
-    ("--ckpt seven.pth --features a.npz", "7 classes"),
+    ("--ckpt net.pth seven.pth", "[19, 7] classes"), ("--ckpt seven.pth", "7 classes"),
     ("--ckpt net.pth net.pth --features a.npz", "one --ckpt"),
     ("--ckpt net.pth --json folder", "folder"), ("--ckpt net.pth --json /dev/null", "/dev/null"),
     ("--ckpt net.pth --json net.pth", "net.pth is an input"),
+    ("--ckpt net.pth --json x --panel x", "written twice"),
     ("--ckpt net.pth --panel file/x.png", "file/x.png"),
-    ("--ckpt net.pth --subset nowhere", "--subset"), ("--ckpt net.pth --subset file", "--subset"),
+    ("--ckpt net.pth --subset nowhere", "nowhere"), ("--ckpt net.pth --subset file", "--subset"),
     ("--ckpt net.pth --data-root nowhere", "nowhere"), ("--ckpt net.pth --target acdc", "acdc"),
+    ("--split test", "test labels are dummies"), ("--split test --label-ids x --json x", "--json"),
 ]  # fmt: skip
 
 
@@ -2184,7 +1832,44 @@ def test_refusals_of_eval(flags, culprit, scenes, monkeypatch):
     refuses(eval_script, ["--ckpt", "net.pth"], "torchrun")
 
 
-# ====================================================================== demo and README
+# ====================================================================== demo and house
+
+
+def test_scenes(scenes):
+    kinds = (("source",), ("target",), ("target", True), ("source",))
+    drawn = [demo.draw_scene(np.random.default_rng(7), (96, 64), *kind) for kind in kinds]
+    images = [image.tobytes() for image, _ in drawn]
+    assert all(np.array_equal(label, drawn[0][1]) for _, label in drawn)
+    assert images[0] == images[3] and len(set(images)) == 3  # they differ in appearance alone
+    for kind, encoding in (("gta5", (8, 3)), ("synthia", (16, 2)), ("cityscapes", (8, 0))):
+        data = common.Labelled(common.list_pairs(kind, common.dataset_root(kind, scenes)), kind, 19)
+        found = {value for item in data for value in item["label"].unique().tolist()}
+        assert found == {*range(19), 255} - set(common.ABSENT.get(kind, ()))
+        assert data.label_paths[0].read_bytes()[24:26] == bytes(encoding)  # bits, colour type
+    for kind, count in (("easy", 9), ("hard", 6)):
+        assert len((scenes / f"{kind}.txt").read_text().split()) == count
+    demo.write_scenes("again", 0, (64, 64), (64, 64), 2, 10, 0)
+    demo.write_scenes("other", 1, (64, 64), (64, 64), 2, 2, 0)
+    for name in ("GTA5/images/00002.png", "GTA5/labels/00002.png"):
+        assert Path("again", name).read_bytes() == (scenes / name).read_bytes()
+        assert Path("other", name).read_bytes() != (scenes / name).read_bytes()
+    with pytest.raises(FileExistsError):
+        demo.write_scenes("again", 0, (64, 64), (64, 64), 1, 1, 0)
+
+
+def test_the_house():
+    """The scripts are siblings: none imports another; common knows none of them and no flag."""
+    allowed = {"common": set(), "demo/scenes": {"common"}}
+    allowed.update(intrada={"common"}, bcl={"common"}, eval={"common"})
+    for name, ours in allowed.items():
+        text = (HERE / f"{name}.py").read_text()
+        imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.M))
+        assert imported & {"intrada", "bcl", "eval", "common"} == ours, name
+        if name == "common":
+            assert not imported & {"argparse", "demo"} and not re.search(r"\bargs\b", text)
+    for path in [*HERE.glob("*.py"), *HERE.glob("demo/*.py")]:
+        long = [line for line in path.read_text().splitlines() if len(line) > 100]
+        assert not long, (path, long)
 
 
 def test_demo_says_so_first(scenes):

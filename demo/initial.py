@@ -1,8 +1,9 @@
 """The demo's initial weights, as ImageNet's are the papers': demo/initial.pth.
 
 Trains the demo's small network on drawn source scenes alone, of another seed than the demo's, for
-about ten minutes on two cores. Everybody who types the command gets the same weights, within
-rounding. They are stored in half precision.
+about fifteen minutes on two cores. Typed on another machine it gives the same scores within a few
+tenths of a point, not the same numbers: differences of rounding grow over thousands of iterations.
+Weights are stored in half precision.
 
     python demo/initial.py                        writes demo/initial.pth
     python demo/initial.py OUT --threads 1        elsewhere, on one core
