@@ -452,6 +452,7 @@ def confident_prediction(network, image: Tensor, out_size: tuple) -> tuple:
     return label, confidence_bins(confidence)
 
 
+@common.full_precision()
 @torch.no_grad()
 def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
     """Write the static labels of a round: <folder>/labels/<name>.png and <folder>/labels.json.
@@ -481,18 +482,17 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
             yield item["name"], *confident_prediction(network, image, args.target_size)
 
     histogram = torch.zeros(C, BINS, dtype=torch.int64, device=device)
-    with common.full_precision():
-        for _, label, bins in predictions():
-            cells = (label * BINS + bins).flatten()
-            histogram += torch.bincount(cells, minlength=C * BINS).view(C, BINS)
-        thresholds = class_thresholds(common.over_ranks(histogram), args.static_ratio)
-        labelled = torch.zeros((), dtype=torch.float64)
-        partial = folder.with_name(f"{folder.name}.partial")
-        for name, label, bins in predictions():
-            static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
-            labelled += (static != IGNORE).double().mean().cpu()
-            path = partial / "labels" / f"{name}.png"
-            common.write_png(path, static.cpu().numpy(), C)
+    for _, label, bins in predictions():
+        cells = (label * BINS + bins).flatten()
+        histogram += torch.bincount(cells, minlength=C * BINS).view(C, BINS)
+    thresholds = class_thresholds(common.over_ranks(histogram), args.static_ratio)
+    labelled = torch.zeros((), dtype=torch.float64)
+    partial = folder.with_name(f"{folder.name}.partial")
+    for name, label, bins in predictions():
+        static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
+        labelled += (static != IGNORE).double().mean().cpu()
+        path = partial / "labels" / f"{name}.png"
+        common.write_png(path, static.cpu().numpy(), C)
     coverage = 100 * common.over_ranks(labelled).item() / len(images)
     common.wait_for_ranks()
     if common.rank() == 0:
@@ -543,6 +543,7 @@ class PairLabels:
         self.encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
         common.set_mode(self.encoder, args.bn)
 
+    @common.full_precision()
     @torch.no_grad()
     def __call__(self, item: dict, pair: dict) -> dict:
         """Dataset items (target, source) to {"static", "dynamic", "hybrid": (H,W) int64 labels}."""
@@ -569,21 +570,22 @@ class PairLabels:
 def draw_labels(path, pair_labels: PairLabels, source, validation, num_classes: int):
     """The paper's figure: labels of one target image beside two source images. Dynamic labels
     change with the source image."""
+    kinds = ("static", "dynamic", "hybrid")
     item = validation[0]
     rows = []
     for index in (0, len(source) // 2):
-        pair = source[0, index]
+        pair = source[0, index]  # augmented as sample 0
         labels = pair_labels(item, pair)
         row = [pair["image"].permute(1, 2, 0).numpy(), pair["label"].numpy()]
         row.append(item["image"].permute(1, 2, 0).numpy())
-        row += [label.byte().cpu().numpy() for label in labels.values()]
+        row += [labels[kind].byte().cpu().numpy() for kind in kinds]
         row.append(item["label"].numpy())
         rows.append(row)
-    titles = ["source image", "its label", "target image", *labels, "ground truth"]
+    titles = ["source image", "its label", "target image", *kinds, "ground truth"]
     common.write_grid(path, titles, rows, num_classes)
 
 
-def label_statistics(pair_labels: PairLabels, source, validation, workers: int, device) -> dict:
+def label_statistics(pair_labels: PairLabels, source, validation, workers: int) -> dict:
     """How many pixels the three kinds of labels cover, and how many of these are right, in percent,
     on the validation images, each beside a source image:
     {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
@@ -595,6 +597,7 @@ def label_statistics(pair_labels: PairLabels, source, validation, workers: int, 
     # (i, j): source image j, augmented as sample i. A prime step mixes the fixed partners well.
     indices = [(i, i * 7919 % len(source)) for i in range(len(validation))]
     dataset = StackDataset(validation, Subset(source, indices))
+    device = pair_labels.thresholds.device
     tables = {}
     for item, pair in common.one_by_one(dataset, workers, device):
         truth = item["label"].to(device).long()
@@ -608,8 +611,8 @@ def label_statistics(pair_labels: PairLabels, source, validation, workers: int, 
         return [None if w == 0 else 100 * p / w for p, w in pairs]
 
     result = {}
-    for kind, table in tables.items():
-        table = common.over_ranks(table)
+    for kind, own in tables.items():
+        table = common.over_ranks(own)
         labelled = table[:, :C]
         right = table.diagonal()
         result[kind] = {
@@ -697,7 +700,7 @@ def train(
             common.save(last, it, settings, state, input_size=args.target_size, labels=labels)
         if stop:
             sys.exit(128 + stop)
-        if validation and common.due(it, args.eval_every, total) and not log.scores(it):
+        if validation and common.due(it, args.eval_every, total) and it not in log.evaluated:
             result = common.evaluate([G], validation, device, args.workers)
             if log.is_best(result):
                 best = {"model": G}
@@ -710,7 +713,7 @@ def train(
         if it == start or step == 0:
             end = (round_ + 1) * iters
             source_batches = common.Batches(
-                source, args.seed, args.batch_size, it, end, args.workers, device
+                source, args.batch_size, it, end, args.workers, device
             )
             if not warmup:
                 labels_folder = folder / f"round{round_}"
@@ -722,9 +725,12 @@ def train(
                 labels = static["labels"]
                 reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
                 if round_ not in reported:
-                    networks = (G, ema_source, ema_target)
-                    datasets = (source, validation)
-                    report_labels(args, log, it, round_, static, networks, datasets, device)
+                    pair_labels = PairLabels(
+                        args, G, ema_source, ema_target, static["thresholds"], device
+                    )
+                    report_labels(
+                        log, it, round_, static, pair_labels, source, validation, args.workers
+                    )
                 pairs = {
                     name: (path, labels_folder / "labels" / f"{name}.png")
                     for name, path in target_images.items()
@@ -733,7 +739,7 @@ def train(
                     pairs, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
                 )
                 target_batches = common.Batches(
-                    target, args.seed + 1, args.batch_size, it, end, args.workers, device
+                    target, args.batch_size, it, end, args.workers, device
                 )
             common.set_mode(G, args.bn)
 
@@ -831,18 +837,14 @@ def train(
     stop_signal.close()
 
 
-def report_labels(args, log, it, round_, static: dict, networks, datasets, device):
-    """How good the labels of a new round are, on the terminal and in the log.
-
-    static: what is in labels.json; networks: G and both EMAs; datasets: source and validation.
-    """
-    source, validation = datasets
+def report_labels(log, it, round_, static: dict, pair_labels, source, validation, workers: int):
+    """How good the labels of a new round are, on the terminal and in the log. static: what is in
+    labels.json."""
     coverage = static["coverage"]
     print(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", flush=True)
     statistics = {}
     if validation:
-        pair_labels = PairLabels(args, *networks, static["thresholds"], device)
-        statistics = label_statistics(pair_labels, source, validation, args.workers, device)
+        statistics = label_statistics(pair_labels, source, validation, workers)
         for kind, s in statistics.items():
             shares = f"on {s['coverage']:.1f} % of val, {s['accuracy'] or 0:.1f} % right"
             print(f"round {round_}: {kind} labels {shares}", flush=True)
@@ -872,10 +874,6 @@ def main():
     images = common.list_images(args.target, target_root, "train")
     common.Images(images).look()
     validation = common.validation_set(args.target, target_root, args.num_classes, args.target_size)
-    if validation:
-        validation.look()
-    else:
-        print(f"no labelled val images in {target_root}: training is not evaluated")
     source_root = common.dataset_root(args.source, args.data_root, args.source_root)
     pairs = common.list_pairs(args.source, source_root)
     if args.source == args.target == "folder":
@@ -889,15 +887,13 @@ def main():
 
     labelled = source_at(args.short_side, args.crop)
     labelled.look()
-    initial = common.initial_weights(args.init)
-    if args.init not in ("none", "imagenet"):
-        settings["init"] = common.content_digest([args.init])
+    initial, settings["init"] = common.initial_weights(args.init)
     files = labelled.files()
     warmup_settings = {**settings, "images": common.fingerprint(files)}
     settings["images"] = common.fingerprint(files + list(images.values()))
-    common.check_settings(args.out, settings)
+    common.earlier_run(args.out, settings)
     if args.warmup_iters:
-        common.check_settings(args.out / "warmup", warmup_settings)
+        common.earlier_run(args.out / "warmup", warmup_settings)
 
     runs = {}
     if args.warmup_iters:
@@ -914,7 +910,7 @@ def main():
     )  # fmt: skip
     runs["BCL"] = args.out
     if validation and common.rank() == 0:
-        common.report(args.out, runs, validation, args.target_size, device, pixel_entropy)
+        common.report(args.out, runs, validation, device, pixel_entropy)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,10 @@ import os
 import pickle
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import Bottleneck
 
 # ====================================================================== errors and files
@@ -114,7 +111,8 @@ def writing(path):
 def atomic_write(path):
     """Open `path` for binary writing. The file appears whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the name itself may be long
+    # short, as the name itself may be long; a rank's own, as equal pids on two machines may be
+    temporary = path.with_name(f".{rank()}.{os.getpid()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +159,7 @@ def lock(out):
         except BlockingIOError:
             raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
-            owner = re.fullmatch(r"\.(\d+)\.tmp", leftover.name)
+            owner = re.fullmatch(r"\.\d+\.(\d+)\.tmp", leftover.name)
             if owner and leftover.is_file() and not process_lives(int(owner[1])):
                 leftover.unlink()
     return file
@@ -242,13 +240,6 @@ def class_names(num_classes: int) -> tuple:
     if num_classes == 19:
         return CLASSES
     return tuple(str(c) for c in range(num_classes))
-
-
-def trainid_table(ids) -> np.ndarray:
-    """256-entry uint8 table from label id to trainId; every id that is not listed maps to 255."""
-    table = np.full(256, IGNORE, dtype=np.uint8)
-    table[list(ids)] = np.arange(len(ids), dtype=np.uint8)
-    return table
 
 
 # ====================================================================== network
@@ -414,9 +405,7 @@ def set_mode(network: nn.Module, bn: str):
 
 def inference_copy(network: DeepLabV2) -> DeepLabV2:
     """A copy for prediction: eval mode, BatchNorm folded into the convolutions, no auxiliary head.
-    `network` stays as it is; one that is such a copy is returned itself."""
-    if isinstance(network.bn1, nn.Identity):
-        return network
+    `network` stays as it is."""
     network = copy.deepcopy(network).eval()
     network.layer5 = None
     network.conv1 = fuse_conv_bn_eval(network.conv1, network.bn1)
@@ -472,43 +461,29 @@ def read_checkpoint(path) -> dict:
 
     UserError for a file that is missing, damaged (a zip knows its checksums) or no dict.
     """
-    again = "download or train it again"
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: check the path, and name the file, not a folder")
-    if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
+    damaged = None
     try:
-        if zipfile.is_zipfile(path):  # torch's own reader does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UserError(f"{path} is damaged (bad checksum of {damaged}): {again}")
-        with warnings.catch_warnings():  # about formats that are refused below
-            warnings.simplefilter("ignore")
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            if zipfile.is_zipfile(path):  # torch's own reader does not look at the checksums
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, MemoryError):
+    except ImportError:
+        raise UserError(f"{path}: reading it needs a package: pip install safetensors")
+    except MemoryError:
         raise
-    except PermissionError:
-        raise UserError(f"cannot read {path}: change its permissions")
     except pickle.UnpicklingError:
         hint = 'save {"state_dict": network.state_dict()} alone, or bring it again'
         raise UserError(f"{path} is damaged, or holds objects beside its tensors: {hint}")
-    except Exception as error:  # a damaged pickle can make torch stumble anywhere
-        raise UserError(f"{path} is truncated or no checkpoint ({type(error).__name__}): {again}")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: {again}")
+    except Exception as error:  # a damaged file can make torch stumble anywhere
+        raise UserError(f"cannot read {path} ({type(error).__name__}): name a file, bring it again")
+    if damaged or not isinstance(content, dict):
+        raise UserError(f"{path} is damaged or holds no state dict: download or train it again")
     return content
-
-
-def read_safetensors(path) -> dict:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: reading it needs a package: pip install safetensors")
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({error}): bring the file again")
 
 
 def plain_state(content: dict, path) -> dict:
@@ -653,39 +628,24 @@ def load(path) -> DeepLabV2:
     return network.eval()
 
 
-def initial_weights(init: str):
-    """What an --init flag names: None for none, torchvision's state dict for imagenet, else the
-    content of the file."""
+def initial_weights(init: str) -> tuple:
+    """What an --init flag names, None for none, torchvision's state dict for imagenet, else the
+    content of a file; and what tells it from other weights: the name, or a file's digest."""
     if init == "none":
-        return None
+        return None, init
     if init != "imagenet":
         if not Path(init).is_file():
             raise UserError(f"no weight file at --init {init}: give imagenet, none or a file")
-        return read_checkpoint(init)
+        return read_checkpoint(init), content_digest([init])
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True), init
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.split("/")[-1]
         raise UserError(f"cannot fetch ImageNet weights ({error}): bring {place}, or give --init")
 
 
 # ====================================================================== readers
-
-# what Pillow raises about broken images
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
-
-
-TURNS = {  # EXIF orientation: what makes the image upright
-    2: Image.FLIP_LEFT_RIGHT,
-    3: Image.ROTATE_180,
-    4: Image.FLIP_TOP_BOTTOM,
-    5: Image.TRANSPOSE,
-    6: Image.ROTATE_270,
-    7: Image.TRANSVERSE,
-    8: Image.ROTATE_90,
-}
-
 
 class Layout(NamedTuple):
     """Where a dataset keeps its files below its root, and what its label pixels say.
@@ -698,7 +658,6 @@ class Layout(NamedTuple):
     image_suffixes: tuple = (".png",)
     label_suffix: str = ".png"
     ids: tuple = CITYSCAPES_IDS  # label id of every trainId
-    last_id: int = 33  # ids run from 0 to this one; 255 is the -1 of ids kept in 8 bits
     by_file_name: bool = False  # images and labels pair by file name alone, not by path
 
 
@@ -708,12 +667,12 @@ ANON = (("_rgb_anon.png",), "_gt_labelIds.png")  # suffixes of ACDC and Dark Zur
 # The first layout of a dataset whose image folder exists is taken.
 LAYOUTS = {
     "gta5": (
-        Layout("images", "labels"),
+        Layout("images", "labels", by_file_name=True),
         Layout("*_images/images", "*_labels/labels", by_file_name=True),  # ten archives, unpacked
     ),
     "synthia": (
-        Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS, last_id=22),
-        Layout("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS"),  # as the archive unpacks
+        Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS),
+        Layout("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", ids=SYNTHIA_IDS),  # the archive
     ),
     "synscapes": (Layout("img/rgb", "img/class"),),
     "cityscapes": (
@@ -724,42 +683,32 @@ LAYOUTS = {
     "acdc": (Layout("rgb_anon/*/{split}", "gt/*/{split}", *ANON),),
     "darkzurich": (Layout("rgb_anon/{split}/night", "gt/{split}/night", *ANON),),
     "bdd100k": (
-        Layout("images/10k/{split}", "labels/sem_seg/masks/{split}", PHOTOS, ".png", TRAIN_IDS, 18),
-        Layout("seg/images/{split}", "seg/labels/{split}", PHOTOS, "_train_id.png", TRAIN_IDS, 18),
+        Layout("images/10k/{split}", "labels/sem_seg/masks/{split}", PHOTOS, ".png", TRAIN_IDS),
+        Layout("seg/images/{split}", "seg/labels/{split}", PHOTOS, "_train_id.png", TRAIN_IDS),
     ),
     "folder": (
-        Layout("images/{split}", "labels/{split}", PHOTOS, ".png", tuple(range(255)), 254),
-        Layout("images", "labels", PHOTOS, ".png", tuple(range(255)), 254),
+        Layout("images/{split}", "labels/{split}", PHOTOS, ".png", tuple(range(255))),
+        Layout("images", "labels", PHOTOS, ".png", tuple(range(255))),
     ),
-}
-ROOTS = {  # names of a dataset's folder below the data root; lower case is fine, too
-    "gta5": ("GTA5",),
-    "synthia": ("SYNTHIA", "RAND_CITYSCAPES"),
-    "synscapes": ("Synscapes",),
-    "cityscapes": ("Cityscapes",),
-    "acdc": ("ACDC",),
-    "darkzurich": ("Dark_Zurich", "DarkZurich"),
-    "bdd100k": ("BDD100K",),
 }
 SOURCES = ("gta5", "synthia", "synscapes", "cityscapes", "folder")
 TARGETS = ("cityscapes", "acdc", "darkzurich", "bdd100k", "folder")
 
 
 def dataset_root(kind: str, data_root, own_root=None) -> Path:
-    """Where a dataset lies: its own root if given, else its usual folder below the data root."""
-    candidates = []
-    if own_root:
-        candidates.append(Path(own_root))
-    elif not data_root:
+    """Where a dataset lies: its own root if given, else the folder of its name below the data root,
+    in upper or lower case, with or without _."""
+    if own_root and Path(own_root).is_dir():
+        return Path(own_root)
+    if not own_root and not data_root:
         raise UserError(f"no folder is named for {kind}: give --data-root, or both domains' roots")
-    else:
-        for name in ROOTS[kind]:
-            candidates += [Path(data_root) / name, Path(data_root) / name.lower()]
-    for root in candidates:
-        if root.is_dir():
-            return root
+    names = ("synthia", "randcityscapes") if kind == "synthia" else (kind,)
+    if not own_root and Path(data_root).is_dir():
+        for root in sorted(Path(data_root).iterdir()):
+            if root.is_dir() and root.name.lower().replace("_", "") in names:
+                return root
     flags = "--data-root, --source-root or --target-root"
-    raise UserError(f"no {kind} data at {candidates[0]}: check {flags}")
+    raise UserError(f"no {kind} data in {own_root or data_root}: check {flags}")
 
 
 def find_layout(kind: str, root: Path, split: str) -> Layout:
@@ -773,19 +722,18 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
     return LAYOUTS[kind][0]
 
 
+CONTROL = "[\0-\x1f\x85\u2028\u2029\ud800-\udfff]"  # line breaks, and what is no UTF-8
+
+
 def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool) -> dict:
     """{name: path} of the files below the folders that match the pattern, by name.
 
-    The name is the path below the pattern's part without *, less the suffix. A nested images/images
-    is accepted.
+    The name is the path below the pattern's part without *, less the suffix.
     """
     folders = sorted(path for path in root.glob(pattern) if path.is_dir())
     if not folders:
         raise UserError(f"no folder {root / pattern} for {kind}: check the root and the archives")
     base = root / pattern.split("/*")[0]
-    if folders == [base] and (base / base.name).is_dir():
-        base = base / base.name
-        folders = [base]
 
     def unreadable(error):
         raise UserError(f"cannot read folder {error.filename}: change its permissions")
@@ -804,22 +752,14 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
                 path = Path(parent, name)
                 below = name if by_file_name else path.relative_to(base).as_posix()
                 key = below[: -len(suffix)]
-                check_name(key, path)
+                if re.search(CONTROL, key):  # names become lines of text files
+                    raise UserError(f"{str(path)!a}: the name holds a line break or the like")
                 if key in found:
                     raise UserError(f"{found[key]} and {path} have one name: remove one")
                 found[key] = path
     if not found:
         raise UserError(f"no *{suffixes[0]} files in {folders[0]}: check the dataset's root")
     return {key: found[key] for key in sorted(found)}
-
-
-def check_name(key: str, path: Path):
-    """Names become lines of text files: refuse line breaks and what is no UTF-8."""
-    control = any(ord(letter) < 32 for letter in key) or len(key.splitlines()) > 1
-    surrogate = any("\ud800" <= letter <= "\udfff" for letter in key)  # stands for a byte
-    if control or surrogate:
-        what = "a line break or control character" if control else "bytes that are no UTF-8"
-        raise UserError(f"{str(path)!a}: the name holds {what}; rename the file")
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
@@ -843,24 +783,12 @@ def list_pairs(kind: str, root, split: str = "train") -> dict:
     return {name: (images[name], labels[name]) for name in images}
 
 
-def has_labels(kind: str, root, split: str) -> bool:
-    """Whether this copy of a dataset holds folders of images and labels of the split."""
-    layout = find_layout(kind, Path(root), split)
-    if "{split}" not in layout.images:
-        return split == "train"
-    patterns = (layout.images.format(split=split), layout.labels.format(split=split))
-    return all(any(Path(root).glob(pattern)) for pattern in patterns)
-
-
 def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     """The class names in a plain folder's classes.txt, one a line; else those of `class_names`."""
     path = Path(root) / "classes.txt"
     if kind != "folder" or not path.is_file():
         return class_names(num_classes)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): give one class name a line, as UTF-8")
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     names = dict.fromkeys(line.strip() for line in lines if line.strip())
     if len(names) != num_classes:
         raise UserError(f"{path} names {len(names)} classes, not --num-classes {num_classes}")
@@ -875,36 +803,23 @@ def check_classes(source_root, target_root, num_classes: int):
 
 
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
-    """A decoded Pillow image; a UserError names a file that is of no such format, broken or huge.
+    """A decoded Pillow image; a UserError names a file that is missing, broken, huge or no image.
 
     low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, the low byte.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"no image at {path}: check the path; a folder or broken link may be there")
     try:
-        with warnings.catch_warnings():  # up to twice the limit of pixels Pillow would only warn
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=formats)
+        image = Image.open(path, formats=formats)
         if low_bytes:
             if str(image.tile[0][3]) != "RGB;16B":
                 raise UserError(f"{path} is no 16-bit RGB file: bring GT/LABELS as downloaded")
             # big-endian pairs, read as little-endian ones
             image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]
         image.load()
-        return image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} claims over {Image.MAX_IMAGE_PIXELS} pixels: replace the file")
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is no {', '.join(formats)} file, or is cut off: bring it again")
-    except PermissionError:
-        raise UserError(f"cannot read {path}: change its permissions")
-    except DAMAGE as error:
-        raise UserError(f"cannot read {path} ({error}): the file is damaged, bring it again")
-
-
-def read_image(path) -> Image.Image:
-    """An image file as 8-bit RGB, upright."""
-    return upright_rgb(open_image(path), path)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a broken file can make Pillow stumble anywhere
+        raise UserError(f"cannot read {path} ({error}): bring it again as {' or '.join(formats)}")
+    return image
 
 
 def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
@@ -915,12 +830,19 @@ def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned by the EXIF orientation; without a legible one the image stays as it is."""
-    try:
+    """Turned by the EXIF orientation; without a legible one the image stays as it is.
+
+    ImageOps.exif_transpose also rewrites other tags, and gives up where one of them is odd.
+    """
+    orientation = None
+    with contextlib.suppress(Exception):  # odd EXIF makes Pillow stumble anywhere
         orientation = image.getexif().get(0x0112)
-    except Exception:  # odd EXIF makes Pillow stumble anywhere
-        orientation = None
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+    if orientation not in range(2, 9):
+        return image
+    T = Image.Transpose
+    mirrored = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM)  # orientations 2, 3, 4
+    turned = (T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # 5, 6, 7, 8
+    return image.transpose((mirrored + turned)[orientation - 2])
 
 
 def read_ids(path) -> np.ndarray:
@@ -942,12 +864,9 @@ def read_label(path, kind: str, num_classes: int) -> Image.Image:
     A file with many pixels that are no id of this kind of dataset is refused: more than half, and
     in a plain folder, whose ids are the trainIds themselves, more than one in a thousand.
     """
-    layout = LAYOUTS[kind][0]
-    last_id = layout.last_id
-    share = 0.5
-    if kind == "folder":
-        last_id = num_classes - 1
-        share = 0.001
+    class_ids = list(LAYOUTS[kind][0].ids[:num_classes])
+    last_id = max(class_ids)
+    share = 0.001 if kind == "folder" else 0.5
     if kind == "synthia":  # 16 bits a channel, class id in R; ids are below 256
         ids = np.asarray(open_image(path, low_bytes=True))[:, :, 0]
     else:
@@ -958,7 +877,9 @@ def read_label(path, kind: str, num_classes: int) -> Image.Image:
         value = last_id + 1 + int(np.argmax(foreign))
         hint = "colours, ids of another dataset, or too low a --num-classes?"
         raise UserError(f"{path}: {percent} are no ids 0 to {last_id} (but {value}); {hint}")
-    return Image.fromarray(trainid_table(layout.ids[:num_classes])[ids])
+    trainids = np.full(256, IGNORE, dtype=np.uint8)  # an id that is no class's becomes 255
+    trainids[class_ids] = np.arange(len(class_ids))
+    return Image.fromarray(trainids[ids])
 
 
 def resize(image: Image.Image, size: tuple, kind: str) -> Image.Image:
@@ -987,8 +908,6 @@ class Images(Dataset):
     transform(image, None, random generator of (seed, sample position)).
     """
 
-    native_labels = False
-
     def __init__(self, images: dict, size=None, transform=None, seed: int = 0):
         self.names = list(images)
         self.paths = list(images.values())
@@ -1016,10 +935,11 @@ class Images(Dataset):
 
     def open(self, index: int) -> tuple:
         """(image, label or None) as stored, in Pillow's form."""
-        return read_image(self.paths[index]), None
+        path = self.paths[index]
+        return upright_rgb(open_image(path), path), None
 
     def files(self) -> list:
-        return self.paths
+        return list(self.paths)
 
     def look(self):
         """Open a few files spread over the set: what is wrong with it shows before training."""
@@ -1047,7 +967,7 @@ class Labelled(Images):
         self.classes = classes or class_names(num_classes)
 
     def open(self, index: int) -> tuple:
-        image = read_image(self.paths[index])
+        image, _ = super().open(index)
         path = self.label_paths[index]
         label = read_label(path, self.kind, self.num_classes)
         ratio = image.width / image.height * label.height / label.width
@@ -1062,70 +982,61 @@ class Labelled(Images):
     def look(self):
         """Also refuses labels of which almost no pixel has a class, and trainIds instead of ids."""
         labels = [np.asarray(self.open(index)[1]) for index in spread(len(self), 8)]
-        if self.pseudo:
-            return
-        first = self.label_paths[0]
         known = [np.mean(label != IGNORE) for label in labels]
-        if max(known) < 0.02:
-            hint = f"are they colours, trainIds, or no {self.kind} labels?"
-            raise UserError(f"{first}: next to no pixel, here and in others, is of a class; {hint}")
         # Read as ids, trainIds 0 to 18 give no class above pole (id 17), and most pixels none.
         highest = max(label[label != IGNORE].max(initial=0) for label in labels)
         expects_ids = LAYOUTS[self.kind][0].ids is CITYSCAPES_IDS
-        if expects_ids and np.mean(known) < 0.7 and highest < CLASSES.index("traffic light"):
-            raise UserError(f"{first}: no id above 18, here and in others; bring ids, not trainIds")
+        trainids = expects_ids and np.mean(known) < 0.7 and highest < CLASSES.index("traffic light")
+        if trainids or max(known) < 0.02:
+            hint = f"are they colours, trainIds instead of ids, or no {self.kind} labels?"
+            raise UserError(f"{self.label_paths[0]} and others: few pixels have a class; {hint}")
 
 
-def validation_set(kind: str, root, num_classes: int, size, split: str = "val"):
-    """The labelled images of a split for `evaluate`; None where the dataset has none."""
-    if not has_labels(kind, root, split):
-        return None
-    pairs = list_pairs(kind, root, split)
+def validation_set(kind: str, root, num_classes: int, size):
+    """The labelled val images for `evaluate`, after a look at a few; None where there are none."""
+    layout = find_layout(kind, Path(root), "val")
+    for pattern in (layout.images, layout.labels):
+        found = any(Path(root).glob(pattern.format(split="val")))
+        if "{split}" not in pattern or not found:
+            print(f"no labelled val images in {root}: training is not evaluated")
+            return None
+    pairs = list_pairs(kind, root, "val")
     classes = dataset_classes(kind, root, num_classes)
-    return Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
+    dataset = Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
+    dataset.look()
+    return dataset
 
 
 # ====================================================================== sampling
 
 
-class EndlessSampler(Sampler):
-    """(position, index) pairs: epoch after epoch of seeded permutations of range(length).
+def endless_order(length: int, seed: int, start: int, stop: int, batch: int):
+    """(position, index) pairs of the iterations start..stop-1: epoch after epoch of seeded
+    permutations of range(length).
 
     The order depends on (length, seed) alone and can start at any iteration, so going on after a
     stop is exact. Of the world * batch positions of an iteration, every rank takes its own `batch`.
     """
-
-    def __init__(self, length: int, seed: int, start: int, stop: int, batch: int):
-        """Covers the iterations start..stop-1."""
-        self.length = length
-        self.seed = seed
-        self.iterations = range(start, stop)
-        self.batch = batch
-
-    def __len__(self):
-        return len(self.iterations) * self.batch
-
-    def __iter__(self):
-        epoch = -1
-        for iteration in self.iterations:
-            first = (iteration * world() + rank()) * self.batch
-            for position in range(first, first + self.batch):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                yield position, int(order[position % self.length])
+    epoch = -1
+    for iteration in range(start, stop):
+        first = (iteration * world() + rank()) * batch
+        for position in range(first, first + batch):
+            if position // length != epoch:
+                epoch = position // length
+                order = np.random.default_rng((seed, epoch)).permutation(length)
+            yield position, int(order[position % length])
 
 
 class Batches:
-    """This rank's batches of the iterations start..stop-1, on the device.
+    """This rank's batches of a dataset, of the iterations start..stop-1, on the device.
 
     next() gives images (B,3,H,W) uint8 and labels (B,H,W) int64, or None for an unlabelled set.
     `names` are the images of the last batch, `waited` the seconds that it took to come.
     """
 
-    def __init__(self, dataset: Images, seed, batch: int, start: int, stop: int, workers, device):
-        sampler = EndlessSampler(len(dataset), seed, start, stop, batch)
-        loader = make_loader(dataset, workers, device, batch_size=batch, sampler=sampler)
+    def __init__(self, dataset: Images, batch: int, start: int, stop: int, workers: int, device):
+        order = endless_order(len(dataset), dataset.seed, start, stop, batch)
+        loader = make_loader(dataset, workers, device, batch_size=batch, sampler=order)
         self.batches = iter(loader)
         self.device = device
 
@@ -1224,12 +1135,24 @@ def upsampled_argmax(logits: Tensor, size: tuple) -> Tensor:
     return label
 
 
+@contextlib.contextmanager
+def full_precision():
+    """Inside, CUDA's convolutions do without TF32: predictions are those of float32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def main_logits(networks: list, images: Tensor) -> Tensor:
     """The main head's logits (B,C,h,w), mean over networks, of uint8 RGB images (B,3,H,W)."""
     x = normalize(images)
     return sum(network(x).main for network in networks) / len(networks)
 
 
+@full_precision()
 @torch.inference_mode()
 def predict(network: DeepLabV2, image, size=None) -> Tensor:
     """(H,W) uint8 trainIds of one image at its own size; (B,H,W) of a batch.
@@ -1249,8 +1172,7 @@ def predict(network: DeepLabV2, image, size=None) -> Tensor:
     image = upright_rgb(image)
     small = resize(image, size or same_area(image.size, network.input_size), "image")
     x = to_tensor(small)[None].to(next(network.parameters()).device)
-    with full_precision():
-        return upsampled_argmax(main_logits([network], x), image.size)[0]
+    return upsampled_argmax(main_logits([network], x), image.size)[0]
 
 
 def same_area(size: tuple, like: tuple) -> tuple:
@@ -1259,6 +1181,7 @@ def same_area(size: tuple, like: tuple) -> tuple:
     return tuple(max(32, round(side * factor)) for side in size)
 
 
+@full_precision()
 @torch.inference_mode()
 def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_image=None) -> dict:
     """`scores` of the networks' mean logits over a dataset with native-size labels, with
@@ -1272,15 +1195,14 @@ def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_ima
     networks = [inference_copy(network) for network in networks]
     C = dataset.num_classes
     confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
-    with full_precision():
-        for item in one_by_one(dataset, workers, device):
-            image = item["image"][None].to(device, non_blocking=True)
-            label = item["label"].to(device, non_blocking=True)
-            logits = main_logits(networks, image)  # (1, C, h, w)
-            prediction = upsampled_argmax(logits, label.shape[::-1])[0]
-            confusion += confusion_matrix(label, prediction, C)
-            if on_image:
-                on_image(item["name"], logits, prediction)
+    for item in one_by_one(dataset, workers, device):
+        image = item["image"][None].to(device, non_blocking=True)
+        label = item["label"].to(device, non_blocking=True)
+        logits = main_logits(networks, image)  # (1, C, h, w)
+        prediction = upsampled_argmax(logits, label.shape[::-1])[0]
+        confusion += confusion_matrix(label, prediction, C)
+        if on_image:
+            on_image(item["name"], logits, prediction)
     confusion = over_ranks(confusion).cpu()
     result = scores(confusion, dataset.classes)
     result["confusion"] = confusion
@@ -1294,15 +1216,13 @@ def score_table(columns: dict) -> str:
     first = next(iter(columns.values()))
     lines = [" " * 16 + "".join(f"{name:>14}" for name in columns)]
 
-    def add_row(title, values):
-        cells = [f"{'-':>14}" if value is None else f"{value:>14.1f}" for value in values]
-        lines.append(f"{title:16}" + "".join(cells))
-
-    for name in first["iou"]:
-        add_row(name, [column["iou"].get(name) for column in columns.values()])
-    for key in first:
-        if key.startswith("miou"):
-            add_row(key.replace("miou", "mIoU "), [column.get(key) for column in columns.values()])
+    means = [name for name in first if name.startswith("miou")]
+    for name in [*first["iou"], *means]:
+        line = f"{name.replace('miou', 'mIoU '):16}"
+        for column in columns.values():
+            value = {**column, **column["iou"]}.get(name)
+            line += f"{'-':>14}" if value is None else f"{value:>14.1f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -1375,17 +1295,6 @@ def set_up(name) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def full_precision():
-    """Inside, CUDA's convolutions do without TF32: predictions are those of float32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def compiled(function, wanted: bool):
     """The function, compiled for fixed shapes if that is wanted."""
     return torch.compile(function, dynamic=False) if wanted else function
@@ -1434,7 +1343,7 @@ def is_count(value) -> bool:
     return isinstance(value, int) and 0 <= value < 10**12
 
 
-def check_settings(folder, settings: dict):
+def earlier_run(folder, settings: dict):
     """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
     path = Path(folder) / "last.pth"
     if not path.exists():
@@ -1455,7 +1364,7 @@ def check_settings(folder, settings: dict):
 def resume(folder, settings: dict, state: dict) -> tuple:
     """Load last.pth of `folder` into the networks and optimizers of `state`: (its iteration, its
     content), or (0, {}) for a fresh start."""
-    content = check_settings(folder, settings)
+    content = earlier_run(folder, settings)
     if content is None:
         return 0, {}
     try:
@@ -1520,6 +1429,8 @@ class Log:
         self.restart_clock(start)
         kept = read_log(self.path) if self.path.exists() else []
         self.records = [record for record in kept if record["iter"] <= start]
+        evaluations = [record for record in self.records if record.get("event") == "evaluation"]
+        self.evaluated = {record["iter"]: mean_iou(record) for record in evaluations}
         if start >= iters and self.records:
             print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
         else:
@@ -1550,7 +1461,7 @@ class Log:
 
     def losses(self, it: int, device, **more):
         """A record of the last iteration's losses and `more`, with speed since the record before
-        and peak memory. The only place that waits for the GPU. Refuses losses that are not finite.
+        and peak memory. The loop's only wait for the GPU. Refuses losses that are not finite.
         """
         terms = list(self.pending[-1][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
@@ -1579,20 +1490,14 @@ class Log:
         """Record the result of `evaluate`."""
         record = {name: value for name, value in result.items() if name != "confusion"}
         self.write(iter=it, event="evaluation", **record)
+        self.evaluated[it] = mean_iou(result)
         mean = f"mIoU {mean_iou(result):.1f} on {result['images']} validation images"
         print(f"{self.stage} {it}/{self.iters}  {mean}", flush=True)
         self.restart_clock(it)  # an evaluation is no training time
 
-    def scores(self, it: int):
-        """The evaluation after iteration `it`, None if there was none."""
-        return next((record for record in self.evaluations() if record["iter"] == it), None)
-
-    def evaluations(self) -> list:
-        return [r for r in self.records if r.get("event") == "evaluation" and "images" in r]
-
     def is_best(self, result: dict) -> bool:
         """Whether a result is above all recorded ones: an oracle, chosen on validation labels."""
-        return all(mean_iou(result) > mean_iou(record) for record in self.evaluations())
+        return mean_iou(result) > max(self.evaluated.values(), default=-1.0)
 
 
 def mean_iou(result: dict) -> float:
@@ -1651,12 +1556,13 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
     write_png(path, np.asarray(picture))
 
 
+@full_precision()
 @torch.inference_mode()
-def write_panel(path, networks: dict, dataset: Images, indices, size: tuple, device, entropy):
+def write_panel(path, networks: dict, dataset: Images, indices, device, entropy):
     """One PNG with a row for each of these images of the dataset: image, ground truth if it has
     labels, prediction of each of {title: network}, entropy of the last (black 0, white 1).
 
-    Networks see images at `size` (W,H). entropy: logits (1,C,h,w) to (1,H,W) in 0..1.
+    Networks see images at the dataset's size. entropy: logits (1,C,h,w) to (1,H,W) in 0..1.
     """
     networks = {title: inference_copy(network) for title, network in networks.items()}
     rows = []
@@ -1667,7 +1573,7 @@ def write_panel(path, networks: dict, dataset: Images, indices, size: tuple, dev
         if label is not None:
             row.append(np.asarray(label))
             titles.append("ground truth")
-        x = to_tensor(resize(image, size, "image"))[None].to(device)
+        x = to_tensor(resize(image, dataset.size, "image"))[None].to(device)
         for network in networks.values():
             logits = main_logits([network], x)
             row.append(upsampled_argmax(logits, image.size)[0].cpu().numpy())
@@ -1676,7 +1582,7 @@ def write_panel(path, networks: dict, dataset: Images, indices, size: tuple, dev
     write_grid(path, [*titles, *networks, "entropy"], rows, network.num_classes)
 
 
-def report(out, runs: dict, validation: Labelled, size: tuple, device, entropy):
+def report(out, runs: dict, validation: Labelled, device, entropy):
     """Print the last scores of runs {title: folder} and draw their predictions, out/panel.png."""
     columns = {}
     networks = {}
@@ -1686,19 +1592,20 @@ def report(out, runs: dict, validation: Labelled, size: tuple, device, entropy):
         networks[title] = load(Path(folder) / "last.pth").to(device)
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(score_table(columns))
-    shown = easy_and_hard(networks[title], validation, size, device, entropy)
-    write_panel(Path(out) / "panel.png", networks, validation, shown, size, device, entropy)
+    shown = easy_and_hard(networks[title], validation, device, entropy)
+    write_panel(Path(out) / "panel.png", networks, validation, shown, device, entropy)
     print(f"\npictures: {Path(out) / 'panel.png'}")
 
 
+@full_precision()
 @torch.inference_mode()
-def easy_and_hard(network: DeepLabV2, dataset: Images, size: tuple, device, entropy) -> list:
+def easy_and_hard(network: DeepLabV2, dataset: Images, device, entropy) -> list:
     """Indices of the two images of lowest and the two of highest mean entropy, of at most 24 that
     are spread over the set."""
     network = inference_copy(network)
     means = {}
     for index in spread(len(dataset), 24):
-        image = resize(dataset.open(index)[0], size, "image")
+        image = resize(dataset.open(index)[0], dataset.size, "image")
         logits = main_logits([network], to_tensor(image)[None].to(device))
         means[index] = entropy(logits).mean().item()
     order = sorted(means, key=means.get)

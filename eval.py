@@ -355,7 +355,7 @@ def score_images(args):
     if args.panel:
         columns = dict(zip(column_titles(paths), networks))
         rows = common.spread(len(dataset), PANEL_ROWS)
-        common.write_panel(args.panel, columns, dataset, rows, input_size, device, pixel_entropy)
+        common.write_panel(args.panel, columns, dataset, rows, device, pixel_entropy)
     if args.json:
         result["confusion"] = result["confusion"].tolist()
         about = {"ckpt": [str(path) for path in paths], "input_size": input_size}

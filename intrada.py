@@ -333,13 +333,9 @@ def train(args, settings, folder, source, target, validation, initial, device):
     targets = f"{len(target)} target images" if target else "no target images"
     about = f"{len(source)} labelled images, {targets}, {report}"
     log = common.Log(folder, folder.name, about, start, iters, settings)
-    source_batches = common.Batches(
-        source, args.seed, args.batch_size, start, iters, args.workers, device
-    )
+    source_batches = common.Batches(source, args.batch_size, start, iters, args.workers, device)
     if target:
-        target_batches = common.Batches(
-            target, args.seed + 1, args.batch_size, start, iters, args.workers, device
-        )
+        target_batches = common.Batches(target, args.batch_size, start, iters, args.workers, device)
 
     common.set_mode(G, args.bn)
     if args.compile:
@@ -357,14 +353,14 @@ def train(args, settings, folder, source, target, validation, initial, device):
             common.save(last, it, settings, state, input_size=args.target_size)
         if stop:
             sys.exit(128 + stop)
-        if validation and common.due(it, args.eval_every, iters) and not log.scores(it):
+        if validation and common.due(it, args.eval_every, iters) and it not in log.evaluated:
             result = common.evaluate([G], validation, device, args.workers)
             if log.is_best(result):
                 best = {"model": G}
                 common.save(folder / "best.pth", it, settings, best, input_size=args.target_size)
             log.evaluation(it, result)
         if it == iters:
-            return stop_signal.close()
+            break
 
         # ============================== the method ==============================
         decay = (1 - it / args.max_iters) ** 0.9
@@ -441,22 +437,26 @@ def train(args, settings, folder, source, target, validation, initial, device):
         if common.due(it + 1, args.log_every, iters):
             log.losses(it + 1, device, lr=args.lr * decay)
 
+    stop_signal.close()
+
 
 # ====================================================================== stage 2: ranking
 
 
+@common.full_precision()
 @torch.no_grad()
 def rank_target(args, checkpoint: Path, images: dict, device):
     """Predict all target images once and write <out>/stage2/.
 
     labels/<name>.png: argmax of the main head at --target-size, no threshold, for every image.
     ranking.csv: name, entropy R(X) = mean of I over pixels and classes, normalized_entropy.
-    ranking.json: what it is of. gallery.png: the easiest and the hardest images. The folder appears
-    when it is whole; a finished one stays.
+    ranking.json: which checkpoint, images and input size it was made from. gallery.png: the easiest
+    and the hardest images. The folder appears when it is whole; a finished one stays.
     """
     folder = args.out / "stage2"
     if folder.exists():
-        return print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
+        print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
+        return
     network = common.load(checkpoint)
     C = network.num_classes
     if C != args.num_classes:
@@ -467,19 +467,18 @@ def rank_target(args, checkpoint: Path, images: dict, device):
     partial = args.out / "stage2.partial"
     dataset = common.Images(images, args.target_size)
     rows = {}
-    with common.full_precision():
-        for item in common.one_by_one(dataset, args.workers, device):
-            x = item["image"][None].to(device, non_blocking=True)
-            logits = common.main_logits([G], x)  # (1, C, h, w)
-            label = common.upsampled_argmax(logits, args.target_size)[0]  # (H, W)
-            information = self_information(common.upsample(logits, args.target_size))
-            entropy = information.mean(dtype=torch.float64).item()
-            factor = 1.0
-            if C == 19:
-                factor = rarity_factor(set(label.unique().tolist()))
-            rows[item["name"]] = {"entropy": entropy, "normalized_entropy": entropy * factor}
-            path = partial / "labels" / f"{item['name']}.png"
-            common.write_png(path, label.cpu().numpy(), C)
+    for item in common.one_by_one(dataset, args.workers, device):
+        x = item["image"][None].to(device, non_blocking=True)
+        logits = common.main_logits([G], x)  # (1, C, h, w)
+        label = common.upsampled_argmax(logits, args.target_size)[0]  # (H, W)
+        I_t = self_information(common.upsample(logits, args.target_size))  # (1, C, H, W)
+        entropy = I_t.mean(dtype=torch.float64).item()
+        factor = 1.0
+        if C == 19:
+            factor = rarity_factor(set(label.unique().tolist()))
+        rows[item["name"]] = {"entropy": entropy, "normalized_entropy": entropy * factor}
+        path = partial / "labels" / f"{item['name']}.png"
+        common.write_png(path, label.cpu().numpy(), C)
     rows = common.merge_ranks(rows)
     common.wait_for_ranks()
     if common.rank() == 0:
@@ -501,10 +500,7 @@ def rank_target(args, checkpoint: Path, images: dict, device):
         common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
         shown = [dataset.names.index(name) for name in order[:3] + order[-3:]]
         gallery = partial / "gallery.png"
-        networks = {"prediction": network}
-        common.write_panel(
-            gallery, networks, dataset, shown, args.target_size, device, pixel_entropy
-        )
+        common.write_panel(gallery, {"prediction": network}, dataset, shown, device, pixel_entropy)
         with common.writing(folder):
             os.rename(partial, folder)
     common.wait_for_ranks()
@@ -530,26 +526,21 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
         for row in rows:
             row["entropy"] = float(row["entropy"])
             row["normalized_entropy"] = float(row["normalized_entropy"])
-        names = [row["name"] for row in rows]
-        whole = about["content"] == ranking_content(folder, names)
-        named_checkpoint = folder.parent / about["checkpoint"]
-        digest = about["checkpoint_digest"]
-        same_images = about["images"] == common.fingerprint(images.values())
-        made_at = tuple(about["input_size"])
-        made_of = about["num_classes"]
+        content = ranking_content(folder, [row["name"] for row in rows])
+        ranked_with = checkpoint or folder.parent / about["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
-    if not whole:
-        raise UserError(f"{folder}: table or labels changed since stage 2 made them: {again}")
-    if not same_images or sorted(names) != sorted(images):
-        raise UserError(f"{folder} ranks other images than this target's: {again}")
-    if made_of != num_classes:
-        raise UserError(f"{folder} has labels of {made_of} classes: {again}")
-    if made_at != size:
-        raise UserError(f"{folder} was made at another --target-size, {made_at}: {again}")
-    for path in (named_checkpoint, checkpoint):
-        if path and path.exists() and common.content_digest([path]) != digest:
-            raise UserError(f"{folder} is of another network than {path} is now: {again}")
+    expected = {
+        "content": content,
+        "images": common.fingerprint(images.values()),
+        "num_classes": num_classes,
+        "input_size": list(size),
+    }
+    if ranked_with.exists():
+        expected["checkpoint_digest"] = common.content_digest([ranked_with])
+    for entry, value in expected.items():
+        if about.get(entry) != value:
+            raise UserError(f"{folder} changed, or is of another run (other {entry}): {again}")
     return rows
 
 
@@ -584,9 +575,9 @@ def main():
 
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
         args.data_root = demo_scenes(args.source)
-    trains_1 = args.stage in ("1", "all")
-    ranks = args.stage in ("2", "all")
-    trains_3 = args.stage in ("3", "all")
+    stage_1 = args.stage in ("1", "all")
+    stage_2 = args.stage in ("2", "all")
+    stage_3 = args.stage in ("3", "all")
     aligned = args.alignment != "none"
     checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
     ranking = args.ranking or args.out / "stage2"
@@ -594,25 +585,19 @@ def main():
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     images = common.list_images(args.target, target_root, "train")
-    target = common.Images(images, args.target_size)
-    if ranks or aligned:
+    target = common.Images(images, args.target_size, seed=args.seed + 1)
+    if stage_2 or aligned:
         target.look()
-    if (ranks or trains_3) and easy_count(args.ratio, len(images)) == 0:
+    if (stage_2 or stage_3) and easy_count(args.ratio, len(images)) == 0:
         raise UserError(f"--ratio {args.ratio} of {len(images)} images leaves no easy one")
     if args.stage == "2" and not checkpoint.exists():
         raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
-    if trains_1 or trains_3:
-        initial = common.initial_weights(args.init)
-        if args.init not in ("none", "imagenet"):
-            settings["init"] = common.content_digest([args.init])
+    if stage_1 or stage_3:
+        initial, settings["init"] = common.initial_weights(args.init)
         validation = common.validation_set(
             args.target, target_root, args.num_classes, args.target_size
         )
-        if validation:
-            validation.look()
-        else:
-            print(f"no labelled val images in {target_root}: training is not evaluated")
-    if trains_1:
+    if stage_1:
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
         pairs = common.list_pairs(args.source, source_root)
         source = common.Labelled(
@@ -621,45 +606,51 @@ def main():
         source.look()
         if args.source == args.target == "folder":
             common.check_classes(source_root, target_root, args.num_classes)
-        files = source.files() + (target.files() if aligned else [])
+        files = source.files()
+        if aligned:
+            files += target.files()
         settings_1 = {**settings, "images": common.fingerprint(files)}
-        found = common.check_settings(args.out / "stage1", settings_1)
+        found = common.earlier_run(args.out / "stage1", settings_1)
         unfinished = found is None or found["iter"] < args.stop_iters
         if args.stage == "all" and unfinished and ranking.exists():
             raise UserError(f"{ranking} is there before stage 1 is: remove it")
     split_flags = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
-    if ranks:
-        common.check_settings(args.out / "stage3", split_flags)  # its split stays the one written
-    if trains_3:
+    if stage_2:
+        common.earlier_run(args.out / "stage3", split_flags)  # its split stays the one written
+    if stage_3:
         settings_3 = {**settings, **split_flags}
-        common.check_settings(args.out / "stage3", settings_3)
+        common.earlier_run(args.out / "stage3", settings_3)
 
     runs = {}
-    if trains_1:
+    if stage_1:
         runs["stage 1"] = args.out / "stage1"
-        aligned_to = target if aligned else None
-        train(args, settings_1, runs["stage 1"], source, aligned_to, validation, initial, device)
-    if ranks:
+        if not aligned:
+            target = None
+        train(args, settings_1, runs["stage 1"], source, target, validation, initial, device)
+    if stage_2:
         rank_target(args, checkpoint, images, device)
-    if ranks or trains_3:
-        ranked = checkpoint if ranks else None
+    if stage_2 or stage_3:
+        ranked = checkpoint if stage_2 else None
         rows = read_ranking(ranking, ranked, images, args.num_classes, args.target_size)
         easy, hard = split(rows, args.ratio, args.normalize_entropy)
-    if ranks:
+    if stage_2:
         write_split(ranking, easy, hard)
-    if trains_3:
-        pairs = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
-        source = common.Labelled(
-            pairs, "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed
-        )
-        target = common.Images({name: images[name] for name in hard}, args.target_size)
-        files = [ranking / "ranking.csv", ranking / "ranking.json"]
-        settings_3["ranking"] = common.content_digest(files)
+    if stage_3:
+        labels = ranking / "labels"
+        easy_set = common.Labelled(
+            {name: (images[name], labels / f"{name}.png") for name in easy},
+            "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed,
+        )  # fmt: skip
+        hard_set = None  # λ = 1: self-training
+        if aligned and hard:
+            hard_images = {name: images[name] for name in hard}
+            hard_set = common.Images(hard_images, args.target_size, seed=args.seed + 1)
+        digest = common.content_digest([ranking / "ranking.csv", ranking / "ranking.json"])
+        settings_3["ranking"] = digest
         runs["stage 3"] = args.out / "stage3"
-        aligned_to = target if aligned and hard else None  # λ = 1, no hard image: self-training
-        train(args, settings_3, runs["stage 3"], source, aligned_to, validation, initial, device)
+        train(args, settings_3, runs["stage 3"], easy_set, hard_set, validation, initial, device)
     if runs and validation and common.rank() == 0:
-        common.report(args.out, runs, validation, args.target_size, device, pixel_entropy)
+        common.report(args.out, runs, validation, device, pixel_entropy)
 
 
 if __name__ == "__main__":

@@ -1307,9 +1307,9 @@ def test_ctrl_c_saves_and_kill_9_leaves_no_lock(scenes):
         if number == signal.SIGINT:
             assert running.returncode == CTRL_C and "Traceback" not in err, err
             assert last("run/stage1")["iter"] == records("run/stage1")[-1]["iter"] >= 5
-    common.write_text("run/.123.tmp", "half a file")
+    common.write_text("run/.0.99999999.tmp", "half a file")
     ends(intrada, flags, common.Log, "add", 2, SIGTERM)
-    assert not Path("run/.123.tmp").exists()
+    assert not Path("run/.0.99999999.tmp").exists()
     starts = [r["iter"] for r in records("run/stage1", "start")]
     assert len(starts) == 3 and last("run/stage1")["iter"] == starts[2] + 2 >= starts[1] + 6
 
@@ -1328,7 +1328,7 @@ def test_what_is_not_finite_is_named_and_not_saved(scenes):
     assert status == 2 and "loss_adv_main is nan at iteration 5" in err
     for kind, root, seed in (("gta5", "GTA5", 3), ("cityscapes", "Cityscapes", 4)):
         names = list(common.list_images(kind, scenes / root))
-        for _, index in common.EndlessSampler(len(names), seed, 4, 5, 2):
+        for _, index in common.endless_order(len(names), seed, 4, 5, 2):
             assert names[index] in err
     assert last("run/stage1")["iter"] == 4  # from before
     flags = ["--data-root", scenes, *BCL, "--warmup-iters", 0, "--out", "bcl", "--log-every", 100]
