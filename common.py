@@ -726,7 +726,7 @@ CONTROL = "[\0-\x1f\x85\u2028\u2029\ud800-\udfff]"  # line breaks, and what is n
 
 
 def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool) -> dict:
-    """{name: path} of the files below the folders that match the pattern, by name.
+    """{name: path} of the files below the folders that match the pattern, in order.
 
     The name is the path below the pattern's part without *, less the suffix.
     """
@@ -759,7 +759,13 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
                 found[key] = path
     if not found:
         raise UserError(f"no *{suffixes[0]} files in {folders[0]}: check the dataset's root")
-    return {key: found[key] for key in sorted(found)}
+    return {key: found[key] for key in sorted(found, key=numeric_order)}
+
+
+def numeric_order(key: str) -> tuple:
+    """Synscapes has 1.png, 2.png, ..., 10.png."""
+    folder, _, name = key.rpartition("/")
+    return folder, int(name) if name.isdecimal() else -1, name
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
