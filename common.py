@@ -324,7 +324,7 @@ class DeepLabV2(nn.Module):
         middle = self.run_blocks(self.layer3, x)  # (B, 16 * width, H/8, W/8)
         features = self.run_blocks(self.layer4, middle)  # (B, 32 * width, H/8, W/8)
         # Under autocast convolutions give bfloat16; losses and entropies are taken in float32.
-        main = self.layer6(features).float()
+        main = self.layer6(features)[:, : self.num_classes].float()  # see inference_copy
         aux = None if self.layer5 is None else self.layer5(middle).float()
         return Prediction(main, aux, features)
 
@@ -419,6 +419,11 @@ def inference_copy(network: DeepLabV2) -> DeepLabV2:
             setattr(block, f"bn{i}", nn.Identity())
         if block.downsample is not None:
             block.downsample = fuse_conv_bn_eval(*block.downsample)
+    # CPUs are 3 times as fast where the number of output channels is a multiple of 16.
+    extra = -network.num_classes % 16
+    for conv in network.layer6.conv2d_list:
+        conv.weight.data = F.pad(conv.weight.data, (0, 0, 0, 0, 0, 0, 0, extra))
+        conv.bias.data = F.pad(conv.bias.data, (0, extra))
     return network
 
 
