@@ -56,6 +56,7 @@ Not supported: other networks, several target domains at once, Windows.
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -178,7 +179,7 @@ def parse() -> tuple:
 
     g = parser.add_argument_group("method")
     g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ (ours); paper .5 to .9")
-    g.add_argument("--momentum", type=share, default=0.999, help="λ of the EMA; paper: 0.99-0.9999")
+    g.add_argument("--momentum", type=share, default=0.999, help="λ of μ (ours); paper .99-.9999")
     g.add_argument("--temperature", type=number(float, 1e-3), default=0.1, help="T_c (paper)")
     g.add_argument("--lambda-ce", type=real, default=1.0, help="of both cross-entropies (paper)")
     g.add_argument("--lambda-ent", type=real, default=0.4, help="of both entropies (released)")
@@ -197,7 +198,7 @@ def parse() -> tuple:
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (paper)")
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (released)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (released)")
 
@@ -627,24 +628,24 @@ def label_statistics(pair_labels: PairLabels, source, validation, workers: int) 
 # ====================================================================== training
 
 
-def augment(short_side: int, scales: tuple, crop: int, flip: bool):
-    """transform(image, label, rng): scale, crop and mirror at random."""
+def augment(image, label, rng, short_side: int, scales: tuple, crop: int, flip: bool) -> tuple:
+    """A Pillow image and its label, scaled, cropped to crop x crop and mirrored at random.
 
-    def transform(image, label, rng):
-        short = max(crop, round(short_side * scales[rng.integers(len(scales))]))
-        factor = short / min(image.size)
-        full = tuple(max(crop, round(side * factor)) for side in image.size)
-        x = int(rng.integers(full[0] - crop + 1))
-        y = int(rng.integers(full[1] - crop + 1))
-        box = (x, y, x + crop, y + crop)
-        image = common.resize(image, full, "image").crop(box)
-        label = common.resize(label, full, "label").crop(box)
-        if flip and rng.random() < 0.5:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
-            label = label.transpose(Image.FLIP_LEFT_RIGHT)
-        return image, label
-
-    return transform
+    short_side: pixels of the shorter side, times one of `scales`, before the crop. At top level, as
+    readers that are not forked (macOS, Python 3.14) receive it by pickle.
+    """
+    short = max(crop, round(short_side * scales[rng.integers(len(scales))]))
+    factor = short / min(image.size)
+    full = tuple(max(crop, round(side * factor)) for side in image.size)
+    x = int(rng.integers(full[0] - crop + 1))
+    y = int(rng.integers(full[1] - crop + 1))
+    box = (x, y, x + crop, y + crop)
+    image = common.resize(image, full, "image").crop(box)
+    label = common.resize(label, full, "label").crop(box)
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        label = label.transpose(Image.FLIP_LEFT_RIGHT)
+    return image, label
 
 
 def train(
@@ -880,7 +881,9 @@ def main():
         common.check_classes(source_root, target_root, args.num_classes)
 
     def source_at(short_side: int, crop: int):
-        transform = augment(short_side, args.scales, crop, args.flip)
+        transform = functools.partial(
+            augment, short_side=short_side, scales=args.scales, crop=crop, flip=args.flip
+        )
         return common.Labelled(
             pairs, args.source, args.num_classes, transform=transform, seed=args.seed
         )

@@ -131,6 +131,13 @@ def write_text(path, text: str):
         file.write(text.encode())
 
 
+def read_lines(path: Path) -> list:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no UTF-8 text: save it as UTF-8") from None
+
+
 def write_png(path, array: np.ndarray, num_classes: int = None):
     """An (H,W,3) or (H,W) uint8 picture as PNG. With num_classes, (H,W) trainIds: the pixels stay
     trainIds, and a palette lets viewers show them in colour."""
@@ -466,6 +473,8 @@ def read_checkpoint(path) -> dict:
 
     UserError for a file that is missing, damaged (a zip knows its checksums) or no dict.
     """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: check the path, and name the file, not a folder")
     damaged = None
     try:
         if Path(path).suffix == ".safetensors":
@@ -676,8 +685,8 @@ LAYOUTS = {
         Layout("*_images/images", "*_labels/labels", by_file_name=True),  # ten archives, unpacked
     ),
     "synthia": (
-        Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS),
         Layout("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", ids=SYNTHIA_IDS),  # the archive
+        Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS),
     ),
     "synscapes": (Layout("img/rgb", "img/class"),),
     "cityscapes": (
@@ -708,10 +717,15 @@ def dataset_root(kind: str, data_root, own_root=None) -> Path:
     if not own_root and not data_root:
         raise UserError(f"no folder is named for {kind}: give --data-root, or both domains' roots")
     names = ("synthia", "randcityscapes") if kind == "synthia" else (kind,)
+    found = []
     if not own_root and Path(data_root).is_dir():
         for root in sorted(Path(data_root).iterdir()):
             if root.is_dir() and root.name.lower().replace("_", "") in names:
-                return root
+                found.append(root)
+    if len(found) > 1:
+        raise UserError(f"{found[0]} and {found[1]} are both {kind}: name one by its own root")
+    if found:
+        return found[0]
     flags = "--data-root, --source-root or --target-root"
     raise UserError(f"no {kind} data in {own_root or data_root}: check {flags}")
 
@@ -799,7 +813,7 @@ def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     path = Path(root) / "classes.txt"
     if kind != "folder" or not path.is_file():
         return class_names(num_classes)
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = read_lines(path)
     names = dict.fromkeys(line.strip() for line in lines if line.strip())
     if len(names) != num_classes:
         raise UserError(f"{path} names {len(names)} classes, not --num-classes {num_classes}")
@@ -818,6 +832,8 @@ def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.
 
     low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, the low byte.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise UserError(f"no image at {path}: check the path; a folder or broken link may be there")
     try:
         image = Image.open(path, formats=formats)
         if low_bytes:
@@ -1472,7 +1488,8 @@ class Log:
 
     def losses(self, it: int, device, **more):
         """A record of the last iteration's losses and `more`, with speed since the record before
-        and peak memory. The loop's only wait for the GPU. Refuses losses that are not finite.
+        and peak memory. Apart from saves, evaluations and BCL's new rounds, the loop's only wait
+        for the GPU. Refuses losses that are not finite.
         """
         terms = list(self.pending[-1][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])

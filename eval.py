@@ -11,8 +11,8 @@
 
 Checkpoints are ours or of the published kinds (AdvEnt, IntraDA, BCL, AdaptSegNet, single-level
 DeepLab); the architecture is read off the file. The input is resized, the logits are upsampled to
-the label's or the image's own size. --compare, --curves and --tsne draw with matplotlib, --tsne
-also needs scikit-learn; nothing else does.
+the label's or the image's own size. --compare --save-dir, --curves and --tsne draw with
+matplotlib, --tsne also needs scikit-learn; nothing else does.
 
 Not supported: averaging over scales or mirror images, several processes (torchrun).
 """
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 import common
 from common import UserError
@@ -45,8 +45,8 @@ FEATURE_POINTS = 50  # keep at most so many of a class and domain, drawn at rand
 
 # ====================================================================== arguments
 
-NETWORK = {"--ckpt", "--branches", "--input-size", "--device"}
-DATA = {"--data-root", "--target", "--target-root", "--split", "--workers"}
+NETWORK = {"--ckpt", "--branches", "--input-size", "--device", "--workers"}
+DATA = {"--data-root", "--target", "--target-root", "--split"}
 # The flag that asks for a job (None: to score labelled images): the other flags which that job uses
 JOBS = {
     None: {"--subset", "--save-dir", "--label-ids", "--panel", "--json", *DATA, *NETWORK},
@@ -146,13 +146,14 @@ def expand(patterns: list, flag: str, endings: tuple) -> dict:
         own = {}
         for path in map(Path, matches):
             if path.is_file():
-                own[path] = path.parent
+                own.setdefault(path, path.parent)
             for file in sorted(path.rglob("[!.]*")):
                 if file.is_file() and file.name.lower().endswith(endings):
-                    own[file] = path
+                    own.setdefault(file, path)
         if not own:
             raise UserError(f"{flag} {pattern}: no file that fits, check the path")
-        found.update(own)
+        for file, folder in own.items():
+            found.setdefault(file, folder)
     return found
 
 
@@ -193,8 +194,10 @@ def load_networks(args) -> tuple:
     if not paths:
         raise UserError("no last.pth below runs/: train first, or name a file with --ckpt")
     networks = []
+    counts = []
     for path in paths:
         network = common.load(path)
+        counts.append(network.num_classes)
         print(f"{path}: {network.report}")
         # AdaptSegNet's released head returns inside its loop: the other branches are untrained.
         network.layer6.conv2d_list = network.layer6.conv2d_list[: args.branches]
@@ -204,7 +207,6 @@ def load_networks(args) -> tuple:
         if network.widened:
             widen(network)
         networks.append(network.to(device))
-    counts = [network.num_classes for network in networks]
     if len(set(counts)) > 1:
         raise UserError(f"--ckpt: networks of {counts} classes have no average, name like ones")
     return networks, paths, args.input_size or networks[0].input_size, device
@@ -253,7 +255,7 @@ def select(files: dict, subset) -> dict:
     """The entries whose name, or last part of it, is a line of the file `subset`; all without."""
     if subset is None:
         return files
-    lines = subset.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = common.read_lines(subset)
     wanted = {line.strip() for line in lines}
     chosen = {name: files[name] for name in files if wanted & {name, name.split("/")[-1]}}
     if not chosen:
@@ -333,7 +335,10 @@ def column_titles(paths: list) -> list:
     parts = [path.parts for path in paths]
     start = len(os.path.commonprefix(parts))
     tail = len(os.path.commonprefix([part[::-1] for part in parts]))
-    return ["/".join(part[start : len(part) - tail]) or part[-1] for part in parts]
+    titles = ["/".join(part[start : len(part) - tail]) or part[-1] for part in parts]
+    if len(set(titles)) < len(titles):
+        return [str(path) for path in paths]
+    return titles
 
 
 def score_images(args):
@@ -375,7 +380,8 @@ def find_images(patterns: list) -> dict:
     for path, folder in expand(patterns, "--images", SUFFIXES).items():
         stem, _, kind = path.stem.rpartition("_")
         siblings = [path.with_name(f"{stem}_{sibling}.png") for sibling in KINDS[:2]]
-        if kind in KINDS and all(sibling.is_file() for sibling in siblings):
+        own = path.suffix == ".png" and kind in KINDS
+        if own and all(sibling.is_file() for sibling in siblings):
             continue
         name = path.relative_to(folder).as_posix().removesuffix(path.suffix)
         while name in found:
@@ -396,6 +402,23 @@ def read_photo(path) -> Image.Image:
     return photo.convert("RGB")
 
 
+class Photos(Dataset):
+    """Of {name: path}: (name, (H,W,3) uint8), or (name, sentence) of a file that can't be read."""
+
+    def __init__(self, images: dict):
+        self.images = list(images.items())
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple:
+        name, path = self.images[index]
+        try:
+            return name, np.array(read_photo(path))
+        except UserError as error:
+            return name, str(error)
+
+
 def segment_images(args):
     """Predict --images, or with --label-ids those of --split test, whose labels are never read.
 
@@ -410,12 +433,11 @@ def segment_images(args):
     plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
     networks = [common.inference_copy(network) for network in networks]
     done = 0
-    for name, path in images.items():
-        try:
-            photo = read_photo(path)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+    for name, found in common.one_by_one(Photos(images), args.workers, device):
+        if isinstance(found, str):
+            print(f"error: {found}", file=sys.stderr)
             continue
+        photo = Image.fromarray(found.numpy())
         size = input_size
         if args.images and not args.input_size:
             size = common.same_area(photo.size, input_size)
@@ -445,6 +467,8 @@ def read_run(path: Path) -> dict:
     if not evaluations or evaluations[-1]["iter"] < start["iters"]:
         raise UserError("was not evaluated at its end")
     scores = [float(common.mean_iou(record)) for record in evaluations]
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("a score is not finite")
     iou = evaluations[-1]["iou"]
     settings = {name: str(value) for name, value in start["settings"].items()}
     settings.pop("ranking", None)  # a digest of its stage 1's results: other for every seed
@@ -471,7 +495,7 @@ def group_runs(paths: list) -> list:
         except UserError as error:
             print(f"left out: {path} {error}")
             continue
-        except (AttributeError, LookupError, TypeError, ValueError):
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             print(f"left out: {path} is no log of a training run")
             continue
         shared = {name: run[name] for name in ("stage", "settings", "classes")}
@@ -528,7 +552,8 @@ def comparison_text(rows: list) -> str:
 
 def compare_runs(args):
     """Print the tables; with --save-dir write compare.md, compare.json and compare.png."""
-    paths = list(expand(args.compare, "--compare", ("log.jsonl",)))
+    found = expand(args.compare, "--compare", ("log.jsonl",))
+    paths = [path for path in found if path.name == "log.jsonl" or str(path) in args.compare]
     rows = group_runs(paths)
     text = comparison_text(rows)
     print(text)
@@ -560,7 +585,9 @@ def draw_curves(args):
     points = {}  # name to [(iteration, value), ...]
     for record in common.read_log(log):
         for name, value in record.items():
-            if name.startswith(("loss_", "miou")) and isinstance(value, (int, float)):
+            if not name.startswith(("loss_", "miou")) or not isinstance(value, (int, float)):
+                continue
+            if abs(value) < 1e300:
                 points.setdefault(name, []).append((record["iter"], value))
     if not points:
         raise UserError(f"{log} holds no losses and no scores yet: train on first")

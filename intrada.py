@@ -145,9 +145,9 @@ def parse() -> tuple:
     g.add_argument("--target-size", type=size, default="1024x512", help="WxH (released)")
 
     g = parser.add_argument_group("schedule")
-    g.add_argument("--batch-size", type=count, default=1, help="images of each domain (paper)")
+    g.add_argument("--batch-size", type=count, default=1, help="images of each domain (released)")
     g.add_argument("--max-iters", type=count, default=250_000, help="horizon of poly (released)")
-    g.add_argument("--stop-iters", type=count, help="trained; 120000, SYNTHIA 90000 (released)")
+    g.add_argument("--stop-iters", type=count, help="iterations; 120000, SYNTHIA 90000 (released)")
     g.add_argument("--lr", type=real, default=2.5e-4, help="SGD learning rate of G (paper)")
     g.add_argument("--lr-d", type=real, default=1e-4, help="Adam learning rate of D (paper)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
@@ -169,7 +169,7 @@ def parse() -> tuple:
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="stem channels, also D's")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (paper)")
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (released)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D1")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on heads' lr (released)")
 

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -615,6 +616,24 @@ TREES = [  # dataset, its folder below the data root, first image, its label, it
     ("folder", "mine", "images/a/1.JPEG", "labels/a/1.png", "a/1"),
     ("folder", "mine", "images/train/a/1.png", "labels/train/a/1.png", "a/1"),
 ]  # fmt: skip
+
+
+def test_what_could_be_taken_for_another_thing_is_refused(tmp_path):
+    for name in ("Dark_Zurich", "DarkZurich"):
+        Path(name).mkdir()
+    refused("are both darkzurich", common.dataset_root, "darkzurich", tmp_path)
+    Path("classes.txt").write_text("a\nb\n", encoding="utf-16")
+    refused("classes.txt is no UTF-8", common.dataset_classes, "folder", tmp_path, 2)
+    os.mkfifo("pipe.png")
+    refused("no image at pipe.png", common.open_image, "pipe.png")
+    refused("no checkpoint at pipe.png", common.read_checkpoint, "pipe.png")
+
+
+def test_readers_that_are_not_forked_get_the_augmentation():
+    augment = functools.partial(bcl.augment, short_side=64, scales=(1.0,), crop=32, flip=True)
+    image = Image.open(draw("image.png"))
+    drawn = pickle.loads(pickle.dumps(augment))(image, image, np.random.default_rng(0))
+    assert [part.size for part in drawn] == [(32, 32), (32, 32)]
 
 
 def test_numbers_are_in_their_order():
