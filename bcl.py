@@ -198,7 +198,7 @@ def parse() -> tuple:
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="training's (released)")
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="BN mode (released)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (released)")
 
