@@ -726,12 +726,13 @@ def train(
                 labels = static["labels"]
                 reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
                 if round_ not in reported:
-                    pair_labels = PairLabels(
-                        args, G, ema_source, ema_target, static["thresholds"], device
-                    )
-                    report_labels(
-                        log, it, round_, static, pair_labels, source, validation, args.workers
-                    )
+                    statistics = {}
+                    if validation:
+                        pair_labels = PairLabels(
+                            args, G, ema_source, ema_target, static["thresholds"], device
+                        )
+                        statistics = label_statistics(pair_labels, source, validation, args.workers)
+                    report_labels(log, it, round_, static, statistics)
                 pairs = {
                     name: (path, labels_folder / "labels" / f"{name}.png")
                     for name, path in target_images.items()
@@ -838,17 +839,14 @@ def train(
     stop_signal.close()
 
 
-def report_labels(log, it, round_, static: dict, pair_labels, source, validation, workers: int):
+def report_labels(log, it: int, round_: int, static: dict, statistics: dict):
     """How good the labels of a new round are, on the terminal and in the log. static: what is in
-    labels.json."""
+    labels.json; statistics: of `label_statistics`, {} without validation images."""
     coverage = static["coverage"]
     print(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", flush=True)
-    statistics = {}
-    if validation:
-        statistics = label_statistics(pair_labels, source, validation, workers)
-        for kind, s in statistics.items():
-            shares = f"on {s['coverage']:.1f} % of val, {s['accuracy'] or 0:.1f} % right"
-            print(f"round {round_}: {kind} labels {shares}", flush=True)
+    for kind, s in statistics.items():
+        shares = f"on {s['coverage']:.1f} % of val, {s['accuracy'] or 0:.1f} % right"
+        print(f"round {round_}: {kind} labels {shares}", flush=True)
     thresholds = bin_confidence(torch.tensor(static["thresholds"])).tolist()
     record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds}
     log.write(iter=it, event="labels", **record, **statistics)

@@ -712,22 +712,20 @@ TARGETS = ("cityscapes", "acdc", "darkzurich", "bdd100k", "folder")
 def dataset_root(kind: str, data_root, own_root=None) -> Path:
     """Where a dataset lies: its own root if given, else the folder of its name below the data root,
     in upper or lower case, with or without _."""
-    if own_root and Path(own_root).is_dir():
-        return Path(own_root)
     if not own_root and not data_root:
         raise UserError(f"no folder is named for {kind}: give --data-root, or both domains' roots")
     names = ("synthia", "randcityscapes") if kind == "synthia" else (kind,)
+    candidates = [Path(own_root)] if own_root else sorted(Path(data_root).glob("*"))
     found = []
-    if not own_root and Path(data_root).is_dir():
-        for root in sorted(Path(data_root).iterdir()):
-            if root.is_dir() and root.name.lower().replace("_", "") in names:
-                found.append(root)
+    for root in candidates:
+        if root.is_dir() and (own_root or root.name.lower().replace("_", "") in names):
+            found.append(root)
+    if not found:
+        flags = "--data-root, --source-root or --target-root"
+        raise UserError(f"no {kind} data in {own_root or data_root}: check {flags}")
     if len(found) > 1:
         raise UserError(f"{found[0]} and {found[1]} are both {kind}: name one by its own root")
-    if found:
-        return found[0]
-    flags = "--data-root, --source-root or --target-root"
-    raise UserError(f"no {kind} data in {own_root or data_root}: check {flags}")
+    return found[0]
 
 
 def find_layout(kind: str, root: Path, split: str) -> Layout:
@@ -966,7 +964,7 @@ class Images(Dataset):
         return upright_rgb(open_image(path), path), None
 
     def files(self) -> list:
-        return list(self.paths)
+        return self.paths
 
     def look(self):
         """Open a few files spread over the set: what is wrong with it shows before training."""
@@ -1027,7 +1025,11 @@ def validation_set(kind: str, root, num_classes: int, size):
         if "{split}" not in pattern or not found:
             print(f"no labelled val images in {root}: training is not evaluated")
             return None
-    pairs = list_pairs(kind, root, "val")
+    return to_evaluate(list_pairs(kind, root, "val"), kind, root, num_classes, size)
+
+
+def to_evaluate(pairs: dict, kind: str, root, num_classes: int, size: tuple) -> Labelled:
+    """The dataset of these pairs, labels at native size, after a look at a few."""
     classes = dataset_classes(kind, root, num_classes)
     dataset = Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
     dataset.look()

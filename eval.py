@@ -81,19 +81,19 @@ def parse() -> argparse.Namespace:
 
     g = parser.add_argument_group("network")
     g.add_argument("--ckpt", type=Path, nargs="+", help="averaged (newest last.pth below runs/)")
-    g.add_argument("--branches", type=int, choices=(2, 4), default=4, help="2 for AdaptSegNet (4)")
+    g.add_argument("--branches", type=int, choices=(2, 4), default=4, help="2: AdaptSegNet")
     g.add_argument("--input-size", type=size, help="WxH (what the checkpoint says)")
     g.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
 
     g = parser.add_argument_group("data")
     g.add_argument("--data-root", type=Path, help="folder with Cityscapes/, ... (built-in scenes)")
-    g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="(cityscapes)")
+    g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="(%(default)s)")
     g.add_argument("--target-root", type=Path, help="the target's folder, if not below --data-root")
-    g.add_argument("--split", choices=("train", "val", "test"), default="val", help="(val)")
+    g.add_argument("--split", choices=("train", "val", "test"), default="val", help="(%(default)s)")
     g.add_argument("--subset", type=Path, help="text file: an image name a line, the others go")
-    g.add_argument("--source", choices=common.SOURCES, default="gta5", help="of --features (gta5)")
+    g.add_argument("--source", choices=common.SOURCES, default="gta5", help="(%(default)s)")
     g.add_argument("--source-root", type=Path, help="the source's folder, if not below --data-root")
-    g.add_argument("--workers", type=int, default=2, help="processes that read images (2)")
+    g.add_argument("--workers", type=int, default=2, help="reading processes (%(default)s)")
 
     g = parser.add_argument_group("output")
     g.add_argument("--save-dir", type=Path, help="folder of pictures, or of the comparison's files")
@@ -136,8 +136,8 @@ def check(args):
 
 
 def expand(patterns: list, flag: str, endings: tuple) -> dict:
-    """{file: folder} of files, of folders (the files below whose names end so) and of globs that
-    the shell left alone."""
+    """{file: folder} of files, of folders (the files below whose names end so; "/log.jsonl" is a
+    whole name) and of globs that the shell left alone."""
     found = {}
     for pattern in patterns:
         matches = [pattern]
@@ -148,7 +148,7 @@ def expand(patterns: list, flag: str, endings: tuple) -> dict:
             if path.is_file():
                 own.setdefault(path, path.parent)
             for file in sorted(path.rglob("[!.]*")):
-                if file.is_file() and file.name.lower().endswith(endings):
+                if file.is_file() and f"/{file.name.lower()}".endswith(endings):
                     own.setdefault(file, path)
         if not own:
             raise UserError(f"{flag} {pattern}: no file that fits, check the path")
@@ -245,10 +245,7 @@ def open_labelled(args, kind: str, own_root, split: str, num_classes: int, size:
     """The labelled images of a dataset, labels at native size, after a look at a few of them."""
     root = find_root(args, kind, own_root, num_classes)
     pairs = select(common.list_pairs(kind, root, split), args.subset)
-    classes = common.dataset_classes(kind, root, num_classes)
-    dataset = common.Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
-    dataset.look()
-    return dataset
+    return common.to_evaluate(pairs, kind, root, num_classes, size)
 
 
 def select(files: dict, subset) -> dict:
@@ -403,20 +400,31 @@ def read_photo(path) -> Image.Image:
 
 
 class Photos(Dataset):
-    """Of {name: path}: (name, (H,W,3) uint8), or (name, sentence) of a file that can't be read."""
+    """{"name", "photo": (H,W,3) uint8, "image": (3,h,w) uint8, the network's input}, or {"error"}
+    of a file that cannot be read.
 
-    def __init__(self, images: dict):
+    The input has the size `size` (W,H), or with keep_aspect the photo's own aspect and that area.
+    """
+
+    def __init__(self, images: dict, size: tuple, keep_aspect: bool):
         self.images = list(images.items())
+        self.size = size
+        self.keep_aspect = keep_aspect
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> dict:
         name, path = self.images[index]
         try:
-            return name, np.array(read_photo(path))
+            photo = read_photo(path)
         except UserError as error:
-            return name, str(error)
+            return {"error": str(error)}
+        shape = self.size
+        if self.keep_aspect:
+            shape = common.same_area(photo.size, shape)
+        image = common.to_tensor(common.resize(photo, shape, "image"))
+        return {"name": name, "photo": torch.from_numpy(np.array(photo)), "image": image}
 
 
 def segment_images(args):
@@ -432,20 +440,18 @@ def segment_images(args):
         images = select(common.list_images(args.target, root, args.split), args.subset)
     plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
     networks = [common.inference_copy(network) for network in networks]
+    keep_aspect = bool(args.images) and args.input_size is None
+    photos = Photos(images, input_size, keep_aspect)
     done = 0
-    for name, found in common.one_by_one(Photos(images), args.workers, device):
-        if isinstance(found, str):
-            print(f"error: {found}", file=sys.stderr)
+    for item in common.one_by_one(photos, args.workers, device):
+        if "error" in item:
+            print(f"error: {item['error']}", file=sys.stderr)
             continue
-        photo = Image.fromarray(found.numpy())
-        size = input_size
-        if args.images and not args.input_size:
-            size = common.same_area(photo.size, input_size)
-        x = common.to_tensor(common.resize(photo, size, "image"))[None].to(device)
+        height, width = item["photo"].shape[:2]
         with torch.inference_mode(), common.full_precision():
-            logits = common.main_logits(networks, x)
-            prediction = common.upsampled_argmax(logits, photo.size)[0]
-        write_pictures(plan, name, logits, prediction, np.asarray(photo))
+            logits = common.main_logits(networks, item["image"][None].to(device))
+            prediction = common.upsampled_argmax(logits, (width, height))[0]
+        write_pictures(plan, item["name"], logits, prediction, item["photo"].numpy())
         done += 1
     print(f"{done} images, in {args.save_dir or args.label_ids}")
     if done < len(images):
@@ -467,9 +473,12 @@ def read_run(path: Path) -> dict:
     if not evaluations or evaluations[-1]["iter"] < start["iters"]:
         raise UserError("was not evaluated at its end")
     scores = [float(common.mean_iou(record)) for record in evaluations]
-    if not all(map(math.isfinite, scores)):
+    iou = {}
+    for name, value in evaluations[-1]["iou"].items():
+        iou[name] = None if value is None else float(value)
+    known = [value for value in iou.values() if value is not None]
+    if not all(map(math.isfinite, [*scores, *known])):
         raise ValueError("a score is not finite")
-    iou = evaluations[-1]["iou"]
     settings = {name: str(value) for name, value in start["settings"].items()}
     settings.pop("ranking", None)  # a digest of its stage 1's results: other for every seed
     if len(settings.get("init", "")) == 16:  # a digest, too
@@ -479,7 +488,7 @@ def read_run(path: Path) -> dict:
         "seed": settings.pop("seed"),
         "settings": settings,
         "classes": list(iou),
-        "iou": [None if value is None else float(value) for value in iou.values()],
+        "iou": list(iou.values()),
         "last": scores[-1],
         "best": max(scores),
     }
@@ -552,8 +561,7 @@ def comparison_text(rows: list) -> str:
 
 def compare_runs(args):
     """Print the tables; with --save-dir write compare.md, compare.json and compare.png."""
-    found = expand(args.compare, "--compare", ("log.jsonl",))
-    paths = [path for path in found if path.name == "log.jsonl" or str(path) in args.compare]
+    paths = list(expand(args.compare, "--compare", ("/log.jsonl",)))
     rows = group_runs(paths)
     text = comparison_text(rows)
     print(text)
@@ -615,9 +623,12 @@ def draw_curves(args):
 def pick(labels: Tensor, height: int, width: int) -> Tensor:
     """Labels (H,W) at the positions of a map: (height,width). Position i of h stands for pixel
     round(i (H-1) / (h-1)), where align_corners=True puts it."""
-    rows = torch.linspace(0, labels.shape[0] - 1, height, dtype=torch.float64).round().long()
-    columns = torch.linspace(0, labels.shape[1] - 1, width, dtype=torch.float64).round().long()
-    return labels[rows][:, columns]
+
+    def pixels(count, length):  # not linspace, which rounds some positions the other way
+        steps = torch.arange(count, dtype=torch.float64) * (length - 1) / max(count - 1, 1)
+        return steps.round().long()
+
+    return labels[pixels(height, labels.shape[0])][:, pixels(width, labels.shape[1])]
 
 
 @torch.inference_mode()

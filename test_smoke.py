@@ -399,6 +399,8 @@ def test_map_positions_stand_for_pixels_at_their_centres():
     for i, j in product(range(5), range(9)):
         assert torch.equal(picked[:, i, j], labels[:, round(i * 32 / 4), round(j * 69 / 8)])
     assert torch.equal(eval_script.pick(labels[0], 5, 9), picked[0])
+    columns = torch.arange(1068)[None]  # position 30 of 133 lies midway between two pixels
+    assert torch.equal(eval_script.pick(columns, 1, 133), bcl.pick(columns[None], 1, 133)[0])
     assert bcl.pick(labels, 1, 1).tolist() == labels[:, :1, :1].tolist()
     for side, more in product(range(32, 1101), (0, 1, 2)):  # what is enlarged is picked again
         labels = torch.arange(side // 8 + more)[None, :, None]
@@ -1230,7 +1232,7 @@ def assert_same_run(module, whole):
     suffixes = (".png", ".csv", ".txt", ".json")
     for path in (p for p in whole.rglob("*") if p.suffix in suffixes):
         assert Path("run", path.relative_to(whole)).read_bytes() == path.read_bytes(), path
-    assert not [*Path("run").rglob("*.partial"), *Path("run").rglob(f".{os.getpid()}.tmp")]
+    assert not [*Path("run").rglob("*.partial"), *Path("run").rglob(f".0.{os.getpid()}.tmp")]
 
 
 LOSSES = (common.Log, "losses", 2, KILLED)
