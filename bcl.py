@@ -1,4 +1,4 @@
-"""BCL: bi-directional contrastive learning for domain adaptive segmentation (ECCV 2022).
+r"""BCL: bi-directional contrastive learning for domain adaptive segmentation (ECCV 2022).
 
 Lee, Eom, Lee, Park, Ham. Pixels of one domain are pulled towards the class prototypes of the other,
 in both directions. Target labels are hybrid: static pseudo labels, refreshed every round, filled up
@@ -8,7 +8,7 @@ with dynamic ones, which come from source prototypes that the class-wise domain 
     python bcl.py --data-root DIR --out runs/gta5        GTA5 -> Cityscapes, ResNet-101
     python bcl.py --data-root DIR --out runs/x --init FILE --warmup-iters 0    source-only weights
     torchrun --nproc_per_node=2 bcl.py --data-root DIR --out runs/two          batch 4 + 4
-    python bcl.py --data-root DIR --init runs/gta5/warmup/last.pth --warmup-iters 0 --tau 0.7
+    python bcl.py --data-root DIR --init runs/gta5/warmup/last.pth --warmup-iters 0 --tau 0.7 \
         --out runs/tau07                                 a sweep, without a second warm-up
     python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0 --out runs/control
 
@@ -47,9 +47,10 @@ D15 Under torchrun there is one EMA, of the prototypes of all processes; gradien
 D16 The last checkpoint is the result; best.pth is chosen on validation labels: an oracle.
 D17 --target-weight is 1, as in P's equation. R's configuration weighs the target's CE and entropy
     by 0.3.
-D18 On CUDA the convolutions run in bfloat16 (--no-amp: TF32); prototypes, losses, static labels and
-    evaluation are float32.
-D19 The demo (DEMO) starts from demo/initial.pth, without the entropy terms and with r = 0.5.
+D18 On CUDA the convolutions run in bfloat16 (--no-amp: TF32), so that training's features and
+    logits have its precision; what is computed from them, static labels and evaluation are float32.
+D19 The demo (DEMO) is short: it starts from demo/initial.pth, without the entropy terms, with
+    r = 0.5, two rounds, scales 1.0 and 1.2, a rate of 2e-3 and the factor 0.3 on the head's.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -62,6 +63,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +164,7 @@ def parse() -> tuple:
     g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
     g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
-    g.add_argument("--flip", action=on_off, default=True, help="mirror half of the images")
+    g.add_argument("--flip", action=on_off, default=True, help="mirror half of them (released)")
 
     g = parser.add_argument_group("warm-up")
     g.add_argument("--warmup-iters", type=count_or_0, default=40_000, help="source only (ours)")
@@ -209,7 +211,7 @@ def parse() -> tuple:
 
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: with cuda")
+    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
     g.add_argument("--compile", action=on_off, default=False, help="slow start, faster iterations")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
@@ -251,34 +253,37 @@ def check(args):
 # (h, w) trainIds with 255 = none; C classes.
 
 
-def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> tuple:
-    """Masked average pooling: p(c) = Σ_p f(p) y(p,c) / Σ_p y(p,c).
+class Prototypes(NamedTuple):
+    vectors: Tensor  # (C, D), zero for a class that is not present
+    present: Tensor  # (C,) bool
 
-    features (D,h,w), labels (h,w) -> prototypes (C,D), zero for a class without a pixel, and
-    present (C,) bool.
-    """
+
+def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Prototypes:
+    """Masked average pooling: p(c) = Σ_p f(p) y(p,c) / Σ_p y(p,c), of features (D,h,w) and labels
+    (h,w). A class is present if it has a pixel."""
     classes = torch.arange(num_classes, device=labels.device)
     one_hot = (labels.flatten() == classes[:, None]).to(features.dtype)  # (C, hw); 255 matches none
     count = one_hot.sum(1, keepdim=True)  # (C, 1)
-    prototypes = one_hot @ features.flatten(1).T / count.clamp(min=1)  # (C, hw) @ (hw, D) -> (C, D)
-    return prototypes, count[:, 0] > 0
+    vectors = one_hot @ features.flatten(1).T / count.clamp(min=1)  # (C, hw) @ (hw, D) -> (C, D)
+    return Prototypes(vectors, count[:, 0] > 0)
 
 
-def similarities(features: Tensor, prototypes: Tensor) -> Tensor:
+def similarities(features: Tensor, prototypes: Prototypes) -> Tensor:
     """Cosine s(f(p), p(c)) of positions and prototypes: (D,h,w), (C,D) -> (C,hw) in [-1, 1]."""
     unit = F.normalize(features.flatten(1), dim=0, eps=1e-4)  # zeros stay zeros
-    return F.normalize(prototypes, dim=1, eps=1e-4) @ unit
+    return F.normalize(prototypes.vectors, dim=1, eps=1e-4) @ unit
 
 
 def contrastive_loss(
-    features: Tensor, labels: Tensor, prototypes: Tensor, present: Tensor, temperature: float
+    features: Tensor, labels: Tensor, prototypes: Prototypes, temperature: float
 ) -> Tensor:
     """L = -(1/|Ω|) Σ_{p∈Ω} log [ exp(s(f(p),p(y(p)))/T) / Σ_{c present} exp(s(f(p),p(c))/T) ].
 
-    features (D,h,w) and labels (h,w) of one domain, prototypes (C,D) and present (C,) of the other:
-    target pixels and source prototypes make FCL, source pixels and target prototypes BCL. Ω:
-    positions whose label is a present class; where there is none the loss is 0 with zero gradient.
+    features (D,h,w) and labels (h,w) of one domain, prototypes of the other: target pixels and
+    source prototypes make FCL, source pixels and target prototypes BCL. Ω: positions whose label is
+    a present class; where there is none the loss is 0 with zero gradient.
     """
+    present = prototypes.present
     logits = similarities(features, prototypes) / temperature  # (C, hw)
     # -1e30, not -inf: no NaN where no class is present
     log_p = logits.masked_fill(~present[:, None], -1e30).log_softmax(0)
@@ -302,42 +307,38 @@ class PrototypeEMA(nn.Module):
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     @torch.no_grad()
-    def update(self, prototypes: Tensor, present: Tensor):
-        """prototypes (C,D), present (C,) bool."""
-        moved = torch.lerp(prototypes, self.mean, self.momentum)
-        moved = torch.where(self.seen[:, None], moved, prototypes)
-        self.mean.copy_(torch.where(present[:, None], moved, self.mean))
-        self.seen |= present
+    def update(self, prototypes: Prototypes):
+        vectors = prototypes.vectors
+        moved = torch.lerp(vectors, self.mean, self.momentum)
+        moved = torch.where(self.seen[:, None], moved, vectors)
+        self.mean.copy_(torch.where(prototypes.present[:, None], moved, self.mean))
+        self.seen |= prototypes.present
 
 
-def batch_mean(pairs: list) -> tuple:
-    """What the EMA is fed: [(prototypes (C,D), present (C,))] of a batch's images to their mean
-    over the images that hold the class, on all ranks: ((C,D), (C,) bool)."""
-    count = common.over_ranks(sum(present.float() for _, present in pairs))  # (C,)
-    total = common.over_ranks(sum(p.detach() for p, _ in pairs))  # (C, D); absent ones are zero
-    return total / count.clamp(min=1)[:, None], count > 0
+def batch_mean(images: list) -> Prototypes:
+    """What the EMA is fed: the mean of the prototypes of a batch's images, of each class over the
+    images that hold it, on all ranks."""
+    count = common.over_ranks(sum(p.present.float() for p in images))  # (C,)
+    total = common.over_ranks(sum(p.vectors.detach() for p in images))  # (C, D)
+    return Prototypes(total / count.clamp(min=1)[:, None], count > 0)
 
 
-def calibrate(
-    prototypes: Tensor, present: Tensor, ema_source: PrototypeEMA, ema_target: PrototypeEMA
-) -> Tensor:
-    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c).
-
-    source prototypes (C,D), present (C,) -> (C,D). ξ is 0 while either side is unseen; a class that
-    is not present stays zero.
-    """
-    known = ema_source.seen & ema_target.seen & present
-    calibrated = prototypes + ema_target.mean - ema_source.mean
-    return torch.where(known[:, None], calibrated, prototypes)
+def calibrate(source: Prototypes, ema_source: PrototypeEMA, ema_target: PrototypeEMA) -> Prototypes:
+    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c), which is
+    0 while either side is unseen."""
+    known = ema_source.seen & ema_target.seen & source.present
+    calibrated = source.vectors + ema_target.mean - ema_source.mean
+    return Prototypes(torch.where(known[:, None], calibrated, source.vectors), source.present)
 
 
 @torch.no_grad()
-def dynamic_labels(features: Tensor, prototypes: Tensor, present: Tensor, tau: float) -> Tensor:
+def dynamic_labels(features: Tensor, prototypes: Prototypes, tau: float) -> Tensor:
     """y_D(p) = argmax_c s(f_T(p), p_{S→T}(c)) over present classes if that is > τ, else 255.
 
-    features (D,h,w), prototypes (C,D), present (C,) -> (h,w) int64.
+    features (D,h,w), prototypes p_{S→T} -> (h,w) int64.
     """
-    similarity = similarities(features, prototypes).masked_fill(~present[:, None], -2)
+    absent = ~prototypes.present[:, None]
+    similarity = similarities(features, prototypes).masked_fill(absent, -2)
     best, label = similarity.max(0)  # (hw,)
     return torch.where(best > tau, label, IGNORE).view(features.shape[1:])
 
@@ -538,7 +539,8 @@ class PairLabels:
 
     def __init__(self, args, G, ema_source, ema_target, thresholds: list, device):
         self.args = args
-        self.emas = (ema_source, ema_target)
+        self.ema_source = ema_source
+        self.ema_target = ema_target
         self.thresholds = torch.tensor(thresholds, device=device)
         self.predictor = label_network(G, args.label_bn)
         self.encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
@@ -558,10 +560,10 @@ class PairLabels:
         f_s = self.encoder(common.normalize(image_s[None])).features.float()
         f_t = self.encoder(common.normalize(image_t[None])).features.float()
         y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
-        prototypes, present = class_prototypes(f_s[0], y_s[0], args.num_classes)
+        prototypes = class_prototypes(f_s[0], y_s[0], args.num_classes)
         if args.calibrate:
-            prototypes = calibrate(prototypes, present, *self.emas)
-        dynamic = dynamic_labels(f_t[0], prototypes, present, args.tau)
+            prototypes = calibrate(prototypes, self.ema_source, self.ema_target)
+        dynamic = dynamic_labels(f_t[0], prototypes, args.tau)
         height, width = item["label"].shape
         static = pick(static[None], height, width)[0]
         dynamic = enlarge(dynamic[None], height, width)[0]
@@ -649,7 +651,7 @@ def augment(image, label, rng, short_side: int, scales: tuple, crop: int, flip: 
 
 
 def train(
-    args, settings, source, target_images, validation, initial, rounds, iters, base_lr, device
+    args, settings, source, target_images, validation, initial, device, *, rounds, iters, base_lr
 ):
     """`rounds` rounds of `iters` iterations. target_images None: source alone, the warm-up.
 
@@ -668,7 +670,8 @@ def train(
     report = "random initial weights"
     if initial is not None:
         report = common.load_weights(G, initial, args.init)
-    G.to(device).checkpoint_activations = args.checkpoint_activations
+    G.to(device)
+    G.checkpoint_activations = args.checkpoint_activations
     groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
     optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
     ema_source = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
@@ -716,6 +719,7 @@ def train(
             source_batches = common.Batches(
                 source, args.batch_size, it, end, args.workers, device
             )
+            batches = [source_batches]
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
@@ -743,6 +747,7 @@ def train(
                 target_batches = common.Batches(
                     target, args.batch_size, it, end, args.workers, device
                 )
+                batches.append(target_batches)
             common.set_mode(G, args.bn)
 
         # ============================== the method ==============================
@@ -775,36 +780,39 @@ def train(
 
             # p_S -> μ_S, for every pair of a source and a target image
             p_s = [class_prototypes(f_s[b], y_s[b], C) for b in batch]
-            ema_source.update(*batch_mean(p_s))
+            ema_source.update(batch_mean(p_s))
 
             # ξ, p_{S→T} -> y_D
             dynamic = []
             for b in batch:
-                p_st, present = p_s[b]
+                p_st = p_s[b]
                 if args.calibrate:
-                    p_st = calibrate(p_st, present, ema_source, ema_target)
-                dynamic.append(dynamic_labels(f_t[b], p_st, present, args.tau))
+                    p_st = calibrate(p_s[b], ema_source, ema_target)
+                dynamic.append(dynamic_labels(f_t[b], p_st, args.tau))
             y_d = torch.stack(dynamic)  # (B, h, w)
             y_d_full = enlarge(y_d, *y_f_full.shape[1:])  # (B, H, W)
 
             # y_T, on the map and at full size
             if args.labels == "static":
-                y_t, y_t_full = y_f, y_f_full
+                y_t = y_f
+                y_t_full = y_f_full
             elif args.labels == "dynamic":
-                y_t, y_t_full = y_d, y_d_full
+                y_t = y_d
+                y_t_full = y_d_full
             else:
-                y_t, y_t_full = hybrid_labels(y_f, y_d), hybrid_labels(y_f_full, y_d_full)
+                y_t = hybrid_labels(y_f, y_d)
+                y_t_full = hybrid_labels(y_f_full, y_d_full)
 
             # p_T -> μ_T
             p_t = [class_prototypes(f_t[b], y_t[b], C) for b in batch]
-            ema_target.update(*batch_mean(p_t))
+            ema_target.update(batch_mean(p_t))
 
             # L = λ_ce (CE_S + w CE_T) + λ_ent (H_S + w H_T) + λ_FCL L_FCL + λ_BCL L_BCL; P: w = 1
             loss_ce_t = cross_entropy(logits_t, y_t_full)
             loss_ent_s = mean_entropy(logits_s)
             loss_ent_t = mean_entropy(logits_t)
-            fcl = [contrastive_loss(f_t[b], y_t[b], *p_s[b], args.temperature) for b in batch]
-            bcl = [contrastive_loss(f_s[b], y_s[b], *p_t[b], args.temperature) for b in batch]
+            fcl = [contrastive_loss(f_t[b], y_t[b], p_s[b], args.temperature) for b in batch]
+            bcl = [contrastive_loss(f_s[b], y_s[b], p_t[b], args.temperature) for b in batch]
             loss_fcl = sum(fcl) / len(fcl)
             loss_bcl = sum(bcl) / len(bcl)
             loss = (
@@ -819,7 +827,7 @@ def train(
         # =========================== end of the method ===========================
 
         log.add(
-            [source_batches] if warmup else [source_batches, target_batches],
+            batches,
             loss_ce_source=loss_ce_s,
             loss_ce_target=loss_ce_t,
             loss_ent_source=loss_ent_s,
@@ -859,7 +867,7 @@ def main():
     args, settings = parse()
     device = common.set_up(args.device)
     if args.amp is None:
-        args.amp = device.type == "cuda"
+        args.amp = common.has_bfloat16(device)
     settings["processes"] = str(common.world())
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
@@ -901,13 +909,13 @@ def main():
         runs["warm-up"] = args.out / "warmup"
         source = source_at(args.warmup_short_side, args.warmup_crop)
         train(
-            args, warmup_settings, source, None, validation, initial,
-            1, args.warmup_iters, args.warmup_lr, device,
+            args, warmup_settings, source, None, validation, initial, device,
+            rounds=1, iters=args.warmup_iters, base_lr=args.warmup_lr,
         )  # fmt: skip
         initial = common.read_checkpoint(args.out / "warmup" / "last.pth")
     train(
-        args, settings, labelled, images, validation, initial,
-        args.rounds, args.round_iters, args.lr, device,
+        args, settings, labelled, images, validation, initial, device,
+        rounds=args.rounds, iters=args.round_iters, base_lr=args.lr,
     )  # fmt: skip
     runs["BCL"] = args.out
     if validation and common.rank() == 0:

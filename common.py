@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -485,7 +486,9 @@ def read_checkpoint(path) -> dict:
             if zipfile.is_zipfile(path):  # torch's own reader does not look at the checksums
                 with zipfile.ZipFile(path) as archive:
                     damaged = archive.testzip()
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch warns of TorchScript files, and refuses them
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: reading it needs a package: pip install safetensors")
     except MemoryError:
@@ -1322,6 +1325,13 @@ def set_up(name) -> torch.device:
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def has_bfloat16(device) -> bool:
+    """Whether this is a GPU that computes in bfloat16, and does not emulate it."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compiled(function, wanted: bool):

@@ -440,22 +440,23 @@ def segment_images(args):
         images = select(common.list_images(args.target, root, args.split), args.subset)
     plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
     networks = [common.inference_copy(network) for network in networks]
+    torch.backends.cudnn.benchmark = False  # which would look at every new size of photo
     keep_aspect = bool(args.images) and args.input_size is None
     photos = Photos(images, input_size, keep_aspect)
-    done = 0
+    errors = []
     for item in common.one_by_one(photos, args.workers, device):
         if "error" in item:
-            print(f"error: {item['error']}", file=sys.stderr)
+            errors.append(item["error"])
+            print(f"left out: {item['error']}")
             continue
         height, width = item["photo"].shape[:2]
         with torch.inference_mode(), common.full_precision():
             logits = common.main_logits(networks, item["image"][None].to(device))
             prediction = common.upsampled_argmax(logits, (width, height))[0]
         write_pictures(plan, item["name"], logits, prediction, item["photo"].numpy())
-        done += 1
-    print(f"{done} images, in {args.save_dir or args.label_ids}")
-    if done < len(images):
-        raise UserError(f"{len(images) - done} of {len(images)} images could not be read")
+    print(f"{len(images) - len(errors)} images, in {args.save_dir or args.label_ids}")
+    if errors:
+        raise UserError(f"{len(errors)} of {len(images)} images could not be read: {errors[0]}")
 
 
 # ====================================================================== comparison and curves
@@ -681,6 +682,8 @@ def write_features(args):
     C = networks[0].num_classes
     source = open_labelled(args, args.source, args.source_root, "train", C, size)
     target = open_labelled(args, args.target, args.target_root, args.split, C, size)
+    if source.classes != target.classes:
+        raise UserError("--source and --target have other classes: align their classes.txt")
     refuse_outputs([args.features, picture], [*paths, *source.files(), *target.files()])
 
     network = common.inference_copy(networks[0])

@@ -1,4 +1,4 @@
-"""IntraDA: unsupervised intra-domain adaptation for semantic segmentation (CVPR 2020).
+r"""IntraDA: unsupervised intra-domain adaptation for semantic segmentation (CVPR 2020).
 
 Pan, Shin, Rameau, Lee, Kweon. Stage 1 aligns source and target: this is AdvEnt (Vu et al., CVPR
 2019). Stage 2 ranks the target images by entropy and splits them into easy and hard. Stage 3 aligns
@@ -12,7 +12,7 @@ inputs: that symmetry is the method.
     python intrada.py --stage 1 --alignment none --out runs/source             source only
     python intrada.py --stage 1 --alignment batchnorm --out runs/control       the control
     python intrada.py --stage 3 --ratio 1 --ranking RUN/stage2 --out runs/self        self-training
-    python intrada.py --stage 3 --init RUN/stage1/last.pth --ranking RUN/stage2 --out runs/align
+    python intrada.py --stage 3 --init RUN/stage1/last.pth --ranking RUN/stage2 --out runs/align \
         --lambda-seg-main 0 --lambda-seg-aux 0      intra-domain alignment alone, in our reading
 
 The control sends target images through BatchNorm alone. RUN is an earlier run's --out.
@@ -32,10 +32,11 @@ D6  --init imagenet takes torchvision's weights, R the Caffe-style DeepLab_resne
 D7  Every epoch is a new permutation of the images. R shuffles a list that repeats them.
 D8  With several processes (torchrun) the gradients are averaged. Each process takes the mean over
     its own labelled pixels and normalises by its own batch statistics; --lr is not scaled.
-D9  On CUDA the convolutions run in bfloat16 (--no-amp: TF32); losses, entropies, the ranking and
-    evaluation are float32.
-D10 The demo (DEMO) starts from demo/initial.pth, a network trained on drawn source scenes, with
-    adversarial weights 20 times P's and three times its rate of D: its schedule is short.
+D9  On CUDA the convolutions run in bfloat16 (--no-amp: TF32), so that training's logits have its
+    precision; what is computed from them, the ranking and evaluation are float32.
+D10 The demo's schedule is short (DEMO): it starts from demo/initial.pth, a network trained on drawn
+    source scenes, with adversarial weights 20 times P's, rates of G and D 12 and 3 times P's, and
+    0.3 in place of 10 as factor of the heads.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -181,7 +182,7 @@ def parse() -> tuple:
 
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: with cuda")
+    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
     g.add_argument("--compile", action=on_off, default=False, help="slow start, faster iterations")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
@@ -250,7 +251,7 @@ def pixel_entropy(logits: Tensor) -> Tensor:
     return self_information(logits).sum(1)
 
 
-def Discriminator(num_classes: int, width: int = 64) -> nn.Sequential:
+def discriminator(num_classes: int, width: int = 64) -> nn.Sequential:
     """D of AdvEnt: maps I (B,C,H,W) to domain logits (B,1,H/32,W/32), high for target."""
     channels = [num_classes, width, 2 * width, 4 * width, 8 * width]
     steps = []
@@ -312,11 +313,12 @@ def train(args, settings, folder, source, target, validation, initial, device):
     report = "random initial weights"
     if initial is not None:
         report = common.load_weights(G, initial, args.init)
-    D_main = Discriminator(args.num_classes, args.width)
-    D_aux = Discriminator(args.num_classes, args.width)
+    D_main = discriminator(args.num_classes, args.width)
+    D_aux = discriminator(args.num_classes, args.width)
     D = nn.ModuleDict({"main": D_main, "aux": D_aux})
     D.to(device, memory_format=torch.channels_last)
-    G.to(device).checkpoint_activations = args.checkpoint_activations
+    G.to(device)
+    G.checkpoint_activations = args.checkpoint_activations
     g_params = [p for p in G.parameters() if p.requires_grad]
     g_groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
     g_optimizer = torch.optim.SGD(g_groups, lr=args.lr, momentum=0.9, weight_decay=5e-4)
@@ -334,8 +336,10 @@ def train(args, settings, folder, source, target, validation, initial, device):
     about = f"{len(source)} labelled images, {targets}, {report}"
     log = common.Log(folder, folder.name, about, start, iters, settings)
     source_batches = common.Batches(source, args.batch_size, start, iters, args.workers, device)
+    batches = [source_batches]
     if target:
         target_batches = common.Batches(target, args.batch_size, start, iters, args.workers, device)
+        batches.append(target_batches)
 
     common.set_mode(G, args.bn)
     if args.compile:
@@ -426,7 +430,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
         # =========================== end of the method ===========================
 
         log.add(
-            [source_batches, target_batches] if target else [source_batches],
+            batches,
             loss_seg_main=loss_seg_main,
             loss_seg_aux=loss_seg_aux,
             loss_adv_main=loss_adv_main,
@@ -567,7 +571,7 @@ def main():
     args, settings = parse()
     device = common.set_up(args.device)
     if args.amp is None:
-        args.amp = device.type == "cuda"
+        args.amp = common.has_bfloat16(device)
     settings["processes"] = str(common.world())
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:

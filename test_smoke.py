@@ -336,11 +336,11 @@ def test_contrastive_loss():
         exp = {c: math.exp(s / 0.1) for c, s in similar.items()}
         if labels[h, w].item() in exp:
             terms.append(-math.log(exp[labels[h, w].item()] / sum(exp.values())))
-    loss = bcl.contrastive_loss(features, labels, prototypes, present, 0.1)
+    loss = bcl.contrastive_loss(features, labels, bcl.Prototypes(prototypes, present), 0.1)
     assert loss.item() == approx(sum(terms) / len(terms), rel=1e-12)
 
     def function(f, p):
-        return bcl.contrastive_loss(f, labels, p, present, 0.1)
+        return bcl.contrastive_loss(f, labels, bcl.Prototypes(p, present), 0.1)
 
     leaves = (features.requires_grad_(), prototypes.requires_grad_())  # gradients reach both
     assert torch.autograd.gradcheck(function, leaves)
@@ -351,7 +351,7 @@ def test_contrastive_loss():
         (labels, torch.arange(C) == 2),  # the softmax of one class is 1
     ]
     for y, seen in without_loss:
-        loss = bcl.contrastive_loss(features, y, prototypes, seen, 0.1)
+        loss = bcl.contrastive_loss(features, y, bcl.Prototypes(prototypes, seen), 0.1)
         for gradient in torch.autograd.grad(loss, leaves):
             assert loss.item() == 0 and (gradient == 0).all()
 
@@ -365,15 +365,15 @@ def test_prototype_ema_and_calibrate():
         for ema, mean, classes in zip(emas, means, seen):
             present = torch.tensor([letter in classes for letter in "abcde"])
             prototypes = torch.randn(C, D, dtype=torch.float64) * present[:, None]
-            ema.update(prototypes, present)
-            pairs.append((prototypes, present))
+            pairs.append(bcl.Prototypes(prototypes, present))
+            ema.update(pairs[-1])
             for c in present.nonzero().flatten().tolist():
                 mean[c] = 0.9 * mean.get(c, prototypes[c]) + 0.1 * prototypes[c]
             for c in range(C):
                 assert ema.seen[c] == (c in mean)
                 assert torch.allclose(ema.mean[c], mean.get(c, torch.zeros(D).double()), atol=1e-12)
         prototypes, present = pairs[0]
-        for c, calibrated in enumerate(bcl.calibrate(prototypes, present, *emas)):
+        for c, calibrated in enumerate(bcl.calibrate(pairs[0], *emas).vectors):
             known = present[c] and c in means[0] and c in means[1]
             bias = means[1][c] - means[0][c] if known else 0
             assert torch.allclose(calibrated, prototypes[c] + bias, atol=1e-12)
@@ -384,13 +384,14 @@ def test_dynamic_labels(tau):
     features, _, prototypes, present = bcl_inputs()
     features[:, 0, 0] = 3 * prototypes[1]  # most similar to a class that is not present
     features[:, 0, 1] = 2 * prototypes[2]  # surely labelled
-    labels = bcl.dynamic_labels(features, prototypes, present, tau)
+    labels = bcl.dynamic_labels(features, bcl.Prototypes(prototypes, present), tau)
     for h, w in POSITIONS:
         similar = cosines(features[:, h, w], prototypes, present)
         best = max(similar, key=similar.get)
         assert labels[h, w] == (best if similar[best] > tau else 255)
     assert labels.shape == (H, W) and labels[0, 1] == 2
-    assert (bcl.dynamic_labels(features, prototypes, present & False, tau) == 255).all()
+    none = bcl.Prototypes(prototypes, present & False)
+    assert (bcl.dynamic_labels(features, none, tau) == 255).all()
 
 
 def test_map_positions_stand_for_pixels_at_their_centres():
@@ -423,7 +424,7 @@ def test_static_labels_use_these_statistics(label_bn):
 
 
 def test_discriminator():
-    steps = list(intrada.Discriminator(19))
+    steps = list(intrada.discriminator(19))
     channels = (19, 64, 128, 256, 512, 1)
     for i, conv in enumerate(steps[::2]):
         assert (conv.in_channels, conv.out_channels) == channels[i : i + 2]
@@ -908,7 +909,7 @@ def test_intrada_is_the_textbook(alignment, recipe, bn, pairs):
     if bn == "running":
         for norm in G.modules():
             norm.train(not isinstance(norm, torch.nn.BatchNorm2d))
-    Ds = [intrada.Discriminator(19, 4), intrada.Discriminator(19, 4)]
+    Ds = [intrada.discriminator(19, 4), intrada.discriminator(19, 4)]
     sgd = sgd_of(G, recipe)
     adams = [torch.optim.Adam(D.parameters(), lr=1, betas=(0.9, 0.99)) for D in Ds]
     for it in range(4):
@@ -968,7 +969,7 @@ def test_bcl_is_in_the_papers_order(kind, pairs):
         """Of each class over the images that hold it."""
         present = torch.stack([p[1] for p in prototypes])
         total = sum(p[0].detach() * p[1][:, None] for p in prototypes)
-        return total / present.sum(0).clamp(min=1)[:, None], present.any(0)
+        return bcl.Prototypes(total / present.sum(0).clamp(min=1)[:, None], present.any(0))
 
     for it in range(6):
         round_, step = divmod(it, 3)
@@ -984,25 +985,25 @@ def test_bcl_is_in_the_papers_order(kind, pairs):
         h = f_s.shape[2]
         y_s_map = picked(y_s, h)
         p_s = [bcl.class_prototypes(f_s[b], y_s_map[b], 19) for b in (0, 1)]
-        ema_s.update(*mean_prototypes(p_s))
+        ema_s.update(mean_prototypes(p_s))
         y_d = []
         for b in (0, 1):
-            p_st = p_s[b][0] if uncalibrated else bcl.calibrate(*p_s[b], ema_s, ema_t)
-            y_d.append(bcl.dynamic_labels(f_t[b], p_st, p_s[b][1], 0.5))
+            p_st = p_s[b] if uncalibrated else bcl.calibrate(p_s[b], ema_s, ema_t)
+            y_d.append(bcl.dynamic_labels(f_t[b], p_st, 0.5))
         y_d = torch.stack(y_d)
         y_t = {"static": y_f, "dynamic": picked(y_d, 64)}
         y_t["hybrid"] = torch.where(y_f == 255, picked(y_d, 64), y_f)
         y_map = {"static": picked(y_f, h), "dynamic": y_d}
         y_map["hybrid"] = torch.where(picked(y_f, h) == 255, y_d, picked(y_f, h))
         p_t = [bcl.class_prototypes(f_t[b], y_map[kind][b], 19) for b in (0, 1)]
-        ema_t.update(*mean_prototypes(p_t))
+        ema_t.update(mean_prototypes(p_t))
         loss = 0
         for logits, y, weight in ((S.main, y_s, 1), (T.main, y_t[kind], 0.6)):
             loss = loss + 0.9 * weight * bcl.segmentation_loss(bigger(logits), y)
             loss = loss + 0.3 * weight * bcl.entropy_loss(bigger(logits))
         for b in (0, 1):
-            fcl = bcl.contrastive_loss(f_t[b], y_map[kind][b], *p_s[b], 0.2)
-            back = bcl.contrastive_loss(f_s[b], y_s_map[b], *p_t[b], 0.2)
+            fcl = bcl.contrastive_loss(f_t[b], y_map[kind][b], p_s[b], 0.2)
+            back = bcl.contrastive_loss(f_s[b], y_s_map[b], p_t[b], 0.2)
             loss = loss + (0.4 * fcl + 0.7 * back) / 2
         sgd.zero_grad()
         loss.backward()
