@@ -72,7 +72,7 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset, Subset
 
 import common
-from common import IGNORE, UserError
+from common import IGNORE, UserError, number
 
 # ====================================================================== arguments
 
@@ -85,6 +85,7 @@ DEMO = dict(
     eval_every=400, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
 RECIPES = ("released", "paper")
+LABEL_KINDS = ("static", "dynamic", "hybrid")
 # Flags of these groups make a run what it is; those of the others may change when it goes on.
 IDENTITY = ("data", "warm-up", "schedule", "method", "network")
 
@@ -101,36 +102,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind (int or float) from low to high."""
-
-    def parse_number(text: str):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse_number.__name__ = kind.__name__  # what argparse calls it when kind(text) fails
-    return parse_number
-
-
-def size(text: str) -> tuple:
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 4096 for s in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, sides of 32 to 4096, say 1024x512")
-    return int(sides[0]), int(sides[1])
-
-
-def layers(text: str) -> tuple:
-    counts = text.split(",")
-    if len(counts) != 4 or not all(c.isdecimal() and 0 < int(c) < 1000 for c in counts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give four block counts, say 3,4,23,3")
-    return tuple(int(c) for c in counts)
-
-
 def scales(text: str) -> tuple:
-    factor = number(float, 0.01, 10)
-    return tuple(factor(part) for part in text.split(","))
+    return tuple(map(number(float, 0.01, 10), text.split(",")))
+
+
+scales.__name__ = "scales (factors of 0.01 to 10, say 0.8,1.0,1.2)"  # in argparse's messages
 
 
 def parse() -> tuple:
@@ -160,7 +136,7 @@ def parse() -> tuple:
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
     classes = number(int, 2, 255)
     g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
-    g.add_argument("--target-size", type=size, default="1460x730", help="WxH (released)")
+    g.add_argument("--target-size", type=common.size, default="1460x730", help="WxH (released)")
     g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
     g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
@@ -182,7 +158,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("method")
     g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ (ours); paper .5 to .9")
     g.add_argument("--momentum", type=share, default=0.999, help="λ of μ (ours); paper .99-.9999")
-    g.add_argument("--temperature", type=number(float, 1e-3), default=0.1, help="T_c (paper)")
+    g.add_argument("--temperature", type=number(float, 1e-3, 1e6), default=0.1, help="T_c (paper)")
     g.add_argument("--lambda-ce", type=real, default=1.0, help="of both cross-entropies (paper)")
     g.add_argument("--lambda-ent", type=real, default=0.4, help="of both entropies (released)")
     g.add_argument("--lambda-fcl", type=real, default=0.1, help="(released); paper: 0.1 to 0.7")
@@ -192,13 +168,13 @@ def parse() -> tuple:
     g.add_argument("--static-ratio", type=share, default=0.1, help="r, labelled share (released)")
     modes = ("batch", "running")
     g.add_argument("--label-bn", choices=modes, default="batch", help="statistics, y_F (released)")
-    kinds = ("static", "dynamic", "hybrid")
-    g.add_argument("--labels", choices=kinds, default="hybrid", help="y_T, target labels (paper)")
+    text = "y_T, target labels (paper)"
+    g.add_argument("--labels", choices=LABEL_KINDS, default="hybrid", help=text)
     g.add_argument("--calibrate", action=on_off, default=True, help="add domain bias ξ (paper)")
 
     g = parser.add_argument_group("network")
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
-    g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
+    g.add_argument("--layers", type=common.layers, default="3,4,23,3", help="blocks of each stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
     g.add_argument("--bn", choices=("batch", "running"), default="batch", help="BN mode (released)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
@@ -519,15 +495,14 @@ def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
     entries differ from the expected ones {entry: value}."""
     try:
         about = json.loads((folder / "labels.json").read_text())
-        whole = about["labels"] == labels_digest(folder, images, about["thresholds"])
+        content = labels_digest(folder, images, about["thresholds"])
         float(about["coverage"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): choose another --out")
-    if not whole:
-        raise UserError(f"{folder} changed since this run made it: choose another --out")
-    for entry, value in expected.items():
+    for entry, value in [("labels", content), *expected.items()]:
         if about.get(entry) != value:
-            raise UserError(f"{folder} is of another run (other {entry}): choose another --out")
+            text = f"{folder} changed, or is of another run (other {entry})"
+            raise UserError(f"{text}: choose another --out")
     return about
 
 
@@ -573,7 +548,6 @@ class PairLabels:
 def draw_labels(path, pair_labels: PairLabels, source, validation, num_classes: int):
     """The paper's figure: labels of one target image beside two source images. Dynamic labels
     change with the source image."""
-    kinds = ("static", "dynamic", "hybrid")
     item = validation[0]
     rows = []
     for index in (0, len(source) // 2):
@@ -581,49 +555,39 @@ def draw_labels(path, pair_labels: PairLabels, source, validation, num_classes: 
         labels = pair_labels(item, pair)
         row = [pair["image"].permute(1, 2, 0).numpy(), pair["label"].numpy()]
         row.append(item["image"].permute(1, 2, 0).numpy())
-        row += [labels[kind].byte().cpu().numpy() for kind in kinds]
+        row += [labels[kind].byte().cpu().numpy() for kind in LABEL_KINDS]
         row.append(item["label"].numpy())
         rows.append(row)
-    titles = ["source image", "its label", "target image", *kinds, "ground truth"]
+    titles = ["source image", "its label", "target image", *LABEL_KINDS, "ground truth"]
     common.write_grid(path, titles, rows, num_classes)
 
 
 def label_statistics(pair_labels: PairLabels, source, validation, workers: int) -> dict:
     """How many pixels the three kinds of labels cover, and how many of these are right, in percent,
-    on the validation images, each beside a source image:
-    {kind: {"coverage", "accuracy", "coverage_per_class", "accuracy_per_class"}}.
+    on the validation images, each beside a source image: {kind: {"coverage", "accuracy"}}.
 
-    Coverage is the share of labelled pixels (per class: of the class's true pixels), accuracy the
-    share of right ones among the labelled (per class: among those that got this label).
+    Coverage is the share of labelled ones among the pixels that have a class, accuracy the share of
+    right ones among the labelled, None without any.
     """
-    C = validation.num_classes
     # (i, j): source image j, augmented as sample i. A prime step mixes the fixed partners well.
     indices = [(i, i * 7919 % len(source)) for i in range(len(validation))]
     dataset = StackDataset(validation, Subset(source, indices))
     device = pair_labels.thresholds.device
-    tables = {}
+    # Pixels that have a class, that also have a label, whose label is right.
+    counts = {kind: torch.zeros(3, dtype=torch.int64, device=device) for kind in LABEL_KINDS}
     for item, pair in common.one_by_one(dataset, workers, device):
         truth = item["label"].to(device).long()
-        for kind, y in pair_labels(item, pair).items():
-            cells = (truth * (C + 1) + y.clamp(max=C))[truth < C]  # column C: no label
-            counts = torch.bincount(cells, minlength=C * (C + 1)).view(C, C + 1)
-            tables[kind] = tables.get(kind, 0) + counts
-
-    def percent(part, whole) -> list:
-        pairs = zip(part.flatten().tolist(), whole.flatten().tolist())
-        return [None if w == 0 else 100 * p / w for p, w in pairs]
-
+        known = truth != IGNORE
+        for kind, label in pair_labels(item, pair).items():
+            labelled = known & (label != IGNORE)
+            right = known & (label == truth)
+            counts[kind] += torch.stack([known.sum(), labelled.sum(), right.sum()])
     result = {}
-    for kind, own in tables.items():
-        table = common.over_ranks(own)
-        labelled = table[:, :C]
-        right = table.diagonal()
-        result[kind] = {
-            "coverage": percent(labelled.sum(), table.sum())[0],
-            "accuracy": percent(right.sum(), labelled.sum())[0],
-            "coverage_per_class": percent(labelled.sum(1), table.sum(1)),
-            "accuracy_per_class": percent(right, labelled.sum(0)),
-        }
+    for kind, own in counts.items():
+        pixels, covered, hits = common.over_ranks(own).tolist()
+        result[kind] = {"coverage": 100 * covered / pixels, "accuracy": None}
+        if covered:
+            result[kind]["accuracy"] = 100 * hits / covered
     return result
 
 

@@ -4,8 +4,8 @@ No flag, no loss and no training loop is in this file: those are the methods, an
 file. Conventions: sizes are (W, H), tensors are (B, C, H, W), labels are trainIds 0..C-1 with 255 =
 ignore. Images travel as uint8 RGB and become float BGR minus the mean in `normalize`.
 
-Contents: errors and files · classes · network · weight files · readers · sampling · evaluation ·
-          device and ranks · resume, save, log · pictures
+Contents: errors and files · values from text · classes · network · weight files · readers ·
+          sampling · evaluation · device and ranks · resume, save, log · pictures
 """
 
 import contextlib
@@ -199,6 +199,41 @@ def fingerprint(paths) -> str:
 def content_digest(paths) -> str:
     return digest(Path(path).read_bytes() for path in paths)
 
+
+# ====================================================================== values from text
+# A value that does not fit is a ValueError, which argparse tells with the flag and __name__.
+
+
+def number(kind, low, high):
+    """A function from text to an int or float (`kind`) from low to high."""
+
+    def read_number(text: str):
+        value = kind(text)
+        if not low <= value <= high:  # true of nan, too
+            raise ValueError
+        return value
+
+    read_number.__name__ = f"{kind.__name__} ({low} to {high})"
+    return read_number
+
+
+def size(text: str) -> tuple:
+    """(W, H). Discriminators halve a map five times, so that no side is below 32."""
+    width, height = text.lower().split("x")
+    side = number(int, 32, 4096)
+    return side(width), side(height)
+
+
+def layers(text: str) -> tuple:
+    """Blocks of the four stages of a ResNet."""
+    counts = tuple(map(number(int, 1, 999), text.split(",")))
+    if len(counts) != 4:
+        raise ValueError
+    return counts
+
+
+size.__name__ = "size (WxH, sides of 32 to 4096)"
+layers.__name__ = "layers (four block counts, say 3,4,23,3)"
 
 # ====================================================================== classes
 

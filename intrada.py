@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import IGNORE, UserError
+from common import IGNORE, UserError, number
 
 # ====================================================================== arguments
 
@@ -84,34 +84,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all flags)")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind (int or float) from low to high."""
-
-    def parse_number(text: str):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse_number.__name__ = kind.__name__  # what argparse calls it when kind(text) fails
-    return parse_number
-
-
-def size(text: str) -> tuple:
-    """WxH. D halves a map five times, so both sides are at least 32."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 4096 for s in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, sides of 32 to 4096, say 1024x512")
-    return int(sides[0]), int(sides[1])
-
-
-def layers(text: str) -> tuple:
-    counts = text.split(",")
-    if len(counts) != 4 or not all(c.isdecimal() and 0 < int(c) < 1000 for c in counts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give four block counts, say 3,4,23,3")
-    return tuple(int(c) for c in counts)
 
 
 def parse() -> tuple:
@@ -142,8 +114,8 @@ def parse() -> tuple:
     classes = number(int, 2, 255)
     g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
     text = "WxH; GTA5 1280x720, SYNTHIA 1280x760 (released), Synscapes 1440x720; else --target-size"
-    g.add_argument("--source-size", type=size, help=text)
-    g.add_argument("--target-size", type=size, default="1024x512", help="WxH (released)")
+    g.add_argument("--source-size", type=common.size, help=text)
+    g.add_argument("--target-size", type=common.size, default="1024x512", help="WxH (released)")
 
     g = parser.add_argument_group("schedule")
     g.add_argument("--batch-size", type=count, default=1, help="images of each domain (released)")
@@ -168,7 +140,7 @@ def parse() -> tuple:
 
     g = parser.add_argument_group("network")
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
-    g.add_argument("--layers", type=layers, default="3,4,23,3", help="blocks per ResNet stage")
+    g.add_argument("--layers", type=common.layers, default="3,4,23,3", help="blocks of each stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="stem channels, also D's")
     g.add_argument("--bn", choices=("batch", "running"), default="batch", help="BN mode (released)")
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D1")
