@@ -140,7 +140,7 @@ def parse() -> tuple:
     g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
     g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
-    g.add_argument("--flip", action=on_off, default=True, help="mirror half of them (released)")
+    g.add_argument("--flip", action=on_off, default=True, help="mirror half the images (released)")
 
     g = parser.add_argument_group("warm-up")
     g.add_argument("--warmup-iters", type=count_or_0, default=40_000, help="source only (ours)")

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 import common
 from common import UserError
@@ -62,17 +62,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-def size(text: str) -> tuple:
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(s.isdecimal() and 32 <= int(s) <= 4096 for s in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WxH, sides of 32 to 4096, say 1024x512")
-    return int(sides[0]), int(sides[1])
-
-
 def parse() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    text = "Defaults are in parentheses."
-    parser = Parser(description=__doc__, epilog=text, formatter_class=form, allow_abbrev=False)
+    parser = Parser(description=__doc__, epilog="Defaults are in parentheses.", allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     g = parser.add_argument_group("jobs (none of these: score labelled images)")
     g.add_argument("--images", nargs="+", metavar="PATH", help="files, folders, globs to segment")
     g.add_argument("--compare", nargs="+", metavar="LOG", help="log.jsonl files, folders, globs")
@@ -82,7 +74,7 @@ def parse() -> argparse.Namespace:
     g = parser.add_argument_group("network")
     g.add_argument("--ckpt", type=Path, nargs="+", help="averaged (newest last.pth below runs/)")
     g.add_argument("--branches", type=int, choices=(2, 4), default=4, help="2: AdaptSegNet")
-    g.add_argument("--input-size", type=size, help="WxH (what the checkpoint says)")
+    g.add_argument("--input-size", type=common.size, help="WxH (what the checkpoint says)")
     g.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
 
     g = parser.add_argument_group("data")
@@ -93,7 +85,8 @@ def parse() -> argparse.Namespace:
     g.add_argument("--subset", type=Path, help="text file: an image name a line, the others go")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="(%(default)s)")
     g.add_argument("--source-root", type=Path, help="the source's folder, if not below --data-root")
-    g.add_argument("--workers", type=int, default=2, help="reading processes (%(default)s)")
+    count = common.number(int, 0, 256)
+    g.add_argument("--workers", type=count, default=2, help="reading processes (%(default)s)")
 
     g = parser.add_argument_group("output")
     g.add_argument("--save-dir", type=Path, help="folder of pictures, or of the comparison's files")
@@ -102,19 +95,11 @@ def parse() -> argparse.Namespace:
     g.add_argument("--json", type=Path, help="all scores and the confusion (rows are labels)")
     g.add_argument("--tsne", action="store_true", help="draw --features beside the .npz")
     args = parser.parse_args()
-    check(args)
-    return args
-
-
-def check(args):
-    """Refuse flags that the chosen job does not use, and what concerns more than one flag."""
     given = [text.split("=")[0] for text in sys.argv[1:] if text.startswith("--")]
     job = next((flag for flag in given if flag in JOBS), None)
     for flag in given:
         if flag != job and flag not in JOBS[job]:
             raise UserError(f"{flag} is not used by {job or 'the scoring of images'}: leave it out")
-    if not 0 <= args.workers <= 256:
-        raise UserError(f"--workers {args.workers}: give 0 to 256")
     if args.images and not args.save_dir:
         raise UserError("--images writes several files per image: add --save-dir DIR")
     if args.features and args.features.suffix != ".npz":
@@ -130,9 +115,10 @@ def check(args):
         raise UserError("Cityscapes' test labels are dummies: use --split val, or add --label-ids")
     if args.split == "test" and args.label_ids and (args.json or args.panel):
         raise UserError("--label-ids --split test reads no labels: leave --json and --panel out")
+    return args
 
 
-# ====================================================================== files
+# ====================================================================== files, networks, data
 
 
 def expand(patterns: list, flag: str, endings: tuple) -> dict:
@@ -158,18 +144,15 @@ def expand(patterns: list, flag: str, endings: tuple) -> dict:
 
 
 def refuse_outputs(outputs: list, inputs: list):
-    """Refuse, before anything is done, what is no regular file, an input or named twice."""
-
-    def place(path):  # what writing replaces: a link itself, not the file that it names
-        return path.parent.resolve() / path.name
-
-    taken = {place(path) for path in inputs} | {path.resolve() for path in inputs}
-    for path in outputs:
+    """Refuse, before anything is done, what is no regular file, an input or named twice. None is
+    a flag that was not given."""
+    taken = {path.resolve() for path in inputs if path}
+    for path in filter(None, outputs):
         if os.path.lexists(path) and not path.is_file():
             raise UserError(f"{path} is no regular file: give another name to write to")
-        if place(path) in taken:
+        if path.resolve() in taken:
             raise UserError(f"{path} is an input, or written twice: give another name to write to")
-        taken.add(place(path))
+        taken.add(path.resolve())
         with common.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -182,22 +165,17 @@ def library(module: str):
         raise UserError("drawing needs packages: pip install matplotlib scikit-learn") from None
 
 
-# ====================================================================== networks and data
-
-
 def load_networks(args) -> tuple:
     """(networks on the device, their files, input size (W,H), device); says what was loaded."""
     device = common.set_up(args.device)
-    paths = args.ckpt
-    if not paths:
-        paths = sorted(Path("runs").rglob("last.pth"), key=os.path.getmtime)[-1:]
+    paths = args.ckpt or sorted(Path("runs").rglob("last.pth"), key=os.path.getmtime)[-1:]
     if not paths:
         raise UserError("no last.pth below runs/: train first, or name a file with --ckpt")
-    networks = []
-    counts = []
-    for path in paths:
-        network = common.load(path)
-        counts.append(network.num_classes)
+    networks = [common.load(path) for path in paths]
+    counts = [network.num_classes for network in networks]
+    if len(set(counts)) > 1:
+        raise UserError(f"--ckpt: networks of {counts} classes have no average, name like ones")
+    for path, network in zip(paths, networks):
         print(f"{path}: {network.report}")
         # AdaptSegNet's released head returns inside its loop: the other branches are untrained.
         network.layer6.conv2d_list = network.layer6.conv2d_list[: args.branches]
@@ -205,62 +183,47 @@ def load_networks(args) -> tuple:
         published = network.report.kind != "our checkpoint"
         network.widened = published and network.num_classes == 16 and args.target != "folder"
         if network.widened:
-            widen(network)
-        networks.append(network.to(device))
-    if len(set(counts)) > 1:
-        raise UserError(f"--ckpt: networks of {counts} classes have no average, name like ones")
+            # 19 outputs, of which three never win (nor count in the entropy, apart from log 19)
+            network.num_classes = 19
+            places = torch.tensor(common.SUBSET_16)
+            for conv in network.layer6.conv2d_list:
+                weight = torch.zeros(19, *conv.weight.shape[1:])
+                conv.weight.data = weight.index_copy(0, places, conv.weight.data)
+                bias = torch.full((19,), -1e30)
+                conv.bias.data = bias.index_copy(0, places, conv.bias.data)
+        network.to(device)
     return networks, paths, args.input_size or networks[0].input_size, device
 
 
-def widen(network):
-    """Give a network of SYNTHIA's 16 classes Cityscapes' 19 outputs, of which three never win (nor
-    count in the entropy, apart from log 19)."""
-    places = list(common.SUBSET_16)
-    for conv in network.layer6.conv2d_list:
-        weight = torch.zeros(19, *conv.weight.shape[1:])
-        weight[places] = conv.weight.data
-        bias = torch.full((19,), -1e30)
-        bias[places] = conv.bias.data
-        conv.weight.data = weight
-        conv.bias.data = bias
-    network.num_classes = 19
-
-
-def find_root(args, kind: str, own_root, num_classes: int) -> Path:
-    """Where a dataset lies, whose classes must be the network's; the built-in scenes if no folder
-    is named."""
+def find(list_files, args, kind: str, own_root, split: str, num_classes: int) -> tuple:
+    """(what list_files says of a dataset's images, or of those that --subset names; its root). The
+    built-in scenes if no folder is named. Refuses a dataset of other classes than the network's."""
     if kind != "folder" and num_classes != 19:
         roots = "give --target folder --target-root DIR (and --source, for --features)"
         raise UserError(f"the network predicts {num_classes} classes, {kind} has 19: {roots}")
     data_root = args.data_root
-    named = data_root or args.source_root or args.target_root
-    if not named and args.target == "cityscapes":
+    if args.target == "cityscapes" and not (data_root or args.source_root or args.target_root):
         from demo.scenes import demo_scenes
 
         data_root = demo_scenes(args.source)
-    return common.dataset_root(kind, data_root, own_root)
+    root = common.dataset_root(kind, data_root, own_root)
+    files = list_files(kind, root, split)
+    if args.subset:
+        wanted = {line.strip() for line in common.read_lines(args.subset)}
+        chosen = [name for name in files if wanted & {name, name.split("/")[-1]}]
+        if not chosen:
+            raise UserError(f"--subset {args.subset} names none of the {len(files)} images")
+        files = {name: files[name] for name in chosen}
+    return files, root
 
 
 def open_labelled(args, kind: str, own_root, split: str, num_classes: int, size: tuple):
     """The labelled images of a dataset, labels at native size, after a look at a few of them."""
-    root = find_root(args, kind, own_root, num_classes)
-    pairs = select(common.list_pairs(kind, root, split), args.subset)
+    pairs, root = find(common.list_pairs, args, kind, own_root, split, num_classes)
     return common.to_evaluate(pairs, kind, root, num_classes, size)
 
 
-def select(files: dict, subset) -> dict:
-    """The entries whose name, or last part of it, is a line of the file `subset`; all without."""
-    if subset is None:
-        return files
-    lines = common.read_lines(subset)
-    wanted = {line.strip() for line in lines}
-    chosen = {name: files[name] for name in files if wanted & {name, name.split("/")[-1]}}
-    if not chosen:
-        raise UserError(f"--subset {subset} names none of the {len(files)} images")
-    return chosen
-
-
-# ====================================================================== pictures of an image
+# ====================================================================== labelled images
 
 KINDS = ("trainids", "entropy", "overlay")  # of pictures below --save-dir
 
@@ -268,21 +231,19 @@ KINDS = ("trainids", "entropy", "overlay")  # of pictures below --save-dir
 def plan_outputs(args, names, kinds: tuple, inputs: list) -> dict:
     """{name: {kind: path}} of what --save-dir and --label-ids ask for. Refuses these paths, also
     those of --json and --panel, if they are among the inputs or lie outside of their folder."""
-    plan = {}
-    outputs = [path for path in (args.json, args.panel) if path]
-    for name in names:
-        plan[name] = {}
+    plan = {name: {} for name in names}
+    outputs = [args.json, args.panel]
+    for name, paths in plan.items():
         if args.save_dir:
-            plan[name] = {kind: args.save_dir / f"{name}_{kind}.png" for kind in kinds}
-            folder = plan[name]["trainids"].parent
+            for kind in kinds:
+                paths[kind] = args.save_dir / f"{name}_{kind}.png"
+            folder = paths["trainids"].parent
             if not folder.resolve().is_relative_to(args.save_dir.resolve()):
                 raise UserError(f"{folder} is a link out of {args.save_dir}: write elsewhere")
         if args.label_ids:
-            plan[name]["ids"] = args.label_ids / f"{name.split('/')[-1]}_pred_labelIds.png"
-        outputs += plan[name].values()
-    if args.subset:
-        inputs = [*inputs, args.subset]
-    refuse_outputs(outputs, inputs)
+            paths["ids"] = args.label_ids / f"{name.split('/')[-1]}_pred_labelIds.png"
+        outputs += paths.values()
+    refuse_outputs(outputs, [*inputs, args.subset])
     return plan
 
 
@@ -294,7 +255,6 @@ def write_pictures(plan: dict, name: str, logits: Tensor, prediction: Tensor, ph
     trainids = prediction.cpu().numpy()
     if "trainids" in paths:
         common.write_png(paths["trainids"], trainids, num_classes)
-    if "entropy" in paths:
         entropy = pixel_entropy(logits, trainids.shape[::-1])[0]
         common.write_png(paths["entropy"], common.grey(entropy))
     if "overlay" in paths:
@@ -306,9 +266,8 @@ def write_pictures(plan: dict, name: str, logits: Tensor, prediction: Tensor, ph
 
 
 def pixel_entropy(logits: Tensor, size: tuple = None) -> Tensor:
-    """Normalised entropy (B,H,W) in [0, 1] of logits (B,C,h,w), upsampled to `size` (W,H) if given.
-
-    Class by class: the (C,H,W) map of a large photo would fill the memory."""
+    """Normalised entropy (B,H,W) in [0, 1] of logits (B,C,h,w), upsampled to `size` (W,H) if given;
+    class by class, as the (C,H,W) map of a large photo would fill the memory."""
     num_classes, height, width = logits.shape[1:]
     logits = logits - logits.amax(1, keepdim=True)  # exp can't overflow; P stays what it is
     total = 0
@@ -322,9 +281,6 @@ def pixel_entropy(logits: Tensor, size: tuple = None) -> Tensor:
     # 140, exp is 0 for every class, and the entropy reads 0.
     total = total.clamp(min=1e-30)
     return (total.log() - weighted / total).clamp(0, math.log(num_classes)) / math.log(num_classes)
-
-
-# ====================================================================== labelled images
 
 
 def column_titles(paths: list) -> list:
@@ -375,10 +331,9 @@ def find_images(patterns: list) -> dict:
     second image of one name gets _2. Pictures that an earlier call wrote are left out."""
     found = {}
     for path, folder in expand(patterns, "--images", SUFFIXES).items():
-        stem, _, kind = path.stem.rpartition("_")
-        siblings = [path.with_name(f"{stem}_{sibling}.png") for sibling in KINDS[:2]]
-        own = path.suffix == ".png" and kind in KINDS
-        if own and all(sibling.is_file() for sibling in siblings):
+        stem = path.stem.rpartition("_")[0]
+        results = [path.with_name(f"{stem}_{kind}.png") for kind in KINDS]
+        if path in results and all(result.is_file() for result in results[:2]):
             continue
         name = path.relative_to(folder).as_posix().removesuffix(path.suffix)
         while name in found:
@@ -389,60 +344,44 @@ def find_images(patterns: list) -> dict:
     return found
 
 
-def read_photo(path) -> Image.Image:
-    """An image as cameras and tools write it, as upright 8-bit RGB."""
-    photo = common.upright(common.open_image(path, FORMATS))
-    if photo.mode == "F":
-        raise UserError(f"{path} holds floating point values: bring 8 or 16 bits")
-    if photo.mode.startswith("I"):  # 16-bit grey, which Pillow's convert would cut off at 255
-        photo = Image.fromarray((np.asarray(photo) // 256).clip(0, 255).astype(np.uint8))
-    return photo.convert("RGB")
-
-
-class Photos(Dataset):
+class Photos(common.Images):
     """{"name", "photo": (H,W,3) uint8, "image": (3,h,w) uint8, the network's input}, or {"error"}
-    of a file that cannot be read.
+    of a file that cannot be read. Takes what cameras and tools write."""
 
-    The input has the size `size` (W,H), or with keep_aspect the photo's own aspect and that area.
-    """
-
-    def __init__(self, images: dict, size: tuple, keep_aspect: bool):
-        self.images = list(images.items())
-        self.size = size
-        self.keep_aspect = keep_aspect
-
-    def __len__(self):
-        return len(self.images)
+    keep_aspect = False  # True: the input has the photo's own aspect, and the area of `size`
 
     def __getitem__(self, index: int) -> dict:
-        name, path = self.images[index]
+        path = self.paths[index]
         try:
-            photo = read_photo(path)
+            photo = common.open_image(path, FORMATS)
+            if photo.mode.startswith("I"):  # 16-bit grey, which convert would cut off at 255
+                grey = np.asarray(common.upright(photo)) // 256
+                photo = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+            photo = common.upright_rgb(photo, path)
         except UserError as error:
             return {"error": str(error)}
-        shape = self.size
+        size = self.size
         if self.keep_aspect:
-            shape = common.same_area(photo.size, shape)
-        image = common.to_tensor(common.resize(photo, shape, "image"))
-        return {"name": name, "photo": torch.from_numpy(np.array(photo)), "image": image}
+            size = common.same_area(photo.size, size)
+        image = common.to_tensor(common.resize(photo, size, "image"))
+        pixels = torch.from_numpy(np.array(photo))
+        return {"name": self.names[index], "photo": pixels, "image": image}
 
 
 def segment_images(args):
-    """Predict --images, or with --label-ids those of --split test, whose labels are never read.
-
-    A file that cannot be read is named and left out: exit status 2.
-    """
+    """Predict --images, or with --label-ids those of --split test, whose labels are never read. A
+    file that cannot be read is named and left out: exit status 2."""
     networks, paths, input_size, device = load_networks(args)
     if args.images:
         images = find_images(args.images)
     else:
-        root = find_root(args, args.target, args.target_root, networks[0].num_classes)
-        images = select(common.list_images(args.target, root, args.split), args.subset)
+        C = networks[0].num_classes
+        images, _ = find(common.list_images, args, args.target, args.target_root, args.split, C)
     plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
     networks = [common.inference_copy(network) for network in networks]
     torch.backends.cudnn.benchmark = False  # which would look at every new size of photo
-    keep_aspect = bool(args.images) and args.input_size is None
-    photos = Photos(images, input_size, keep_aspect)
+    photos = Photos(images, input_size)
+    photos.keep_aspect = bool(args.images) and args.input_size is None
     errors = []
     for item in common.one_by_one(photos, args.workers, device):
         if "error" in item:
@@ -462,9 +401,10 @@ def segment_images(args):
 # ====================================================================== comparison and curves
 
 
-def read_run(path: Path) -> dict:
-    """A run that ended with an evaluation: {"stage", "settings", "classes", "seed", "last", "best",
-    "iou"}. A UserError says what is missing; another error, that the file is no log of ours."""
+def read_run(path: Path) -> tuple:
+    """What a run that was evaluated at its end shares with its row, {"stage", "settings",
+    "classes"}, and what is its own, {"seed", "last", "best", "iou"}. A UserError says that it was
+    not; another error, that the file is no log of ours."""
     records = common.read_log(path)
     start = [record for record in records if record.get("event") == "start"][-1]
     evaluations = [record for record in records if record.get("event") == "evaluation"]
@@ -473,65 +413,51 @@ def read_run(path: Path) -> dict:
         raise UserError(f"stopped at iteration {reached} of {start['iters']}")
     if not evaluations or evaluations[-1]["iter"] < start["iters"]:
         raise UserError("was not evaluated at its end")
-    scores = [float(common.mean_iou(record)) for record in evaluations]
-    iou = {}
-    for name, value in evaluations[-1]["iou"].items():
-        iou[name] = None if value is None else float(value)
+    means = [common.mean_iou(record) for record in evaluations]
+    iou = evaluations[-1]["iou"]
     known = [value for value in iou.values() if value is not None]
-    if not all(map(math.isfinite, [*scores, *known])):
+    if not np.isfinite([*means, *known]).all():  # TypeError for what is no number
         raise ValueError("a score is not finite")
-    settings = {name: str(value) for name, value in start["settings"].items()}
+    settings = start["settings"]
+    seed = settings.pop("seed")
     settings.pop("ranking", None)  # a digest of its stage 1's results: other for every seed
-    if len(settings.get("init", "")) == 16:  # a digest, too
+    if len(str(settings.get("init"))) == 16:  # a digest, too
         settings["init"] = "file"
-    return {
-        "stage": str(start["stage"]),
-        "seed": settings.pop("seed"),
-        "settings": settings,
-        "classes": list(iou),
-        "iou": list(iou.values()),
-        "last": scores[-1],
-        "best": max(scores),
-    }
+    shared = {"stage": start["stage"], "settings": settings, "classes": list(iou)}
+    own = {"seed": seed, "last": means[-1], "best": max(means), "iou": list(iou.values())}
+    return shared, own
 
 
 def group_runs(paths: list) -> list:
-    """A row for the runs that differ by seed alone: {"label", "stage", "settings", "classes"} and a
-    value per run of "seed", "last", "best" and "iou". Says which logs have no part in a row."""
+    """A row for the runs that differ by seed alone: what they share, what is their own as lists,
+    and "label": the stage, and settings that no more than half of that stage's rows have."""
     rows = {}
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
-            run = read_run(path)
+            shared, own = read_run(path)
         except UserError as error:
             print(f"left out: {path} {error}")
             continue
         except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             print(f"left out: {path} is no log of a training run")
             continue
-        shared = {name: run[name] for name in ("stage", "settings", "classes")}
-        empty = {"seed": [], "last": [], "best": [], "iou": []}
+        empty = {name: [] for name in own}
         row = rows.setdefault(json.dumps(shared, sort_keys=True), {**shared, **empty})
-        if run["seed"] in row["seed"]:
+        if own["seed"] in row["seed"]:
             print(f"left out: {path}, a newer run has its settings and seed")
             continue
-        for name in empty:
-            row[name].append(run[name])
+        for name, value in own.items():
+            row[name].append(value)
     if not rows:
         raise UserError("--compare: none of these runs ended with an evaluation, train on first")
     for row in rows.values():
-        row["label"] = label_of(row, rows.values())
+        peers = [other["settings"] for other in rows.values() if other["stage"] == row["stage"]]
+        row["label"] = str(row["stage"])
+        for name, value in row["settings"].items():
+            values = [peer.get(name) for peer in peers]
+            if 2 * values.count(value) <= len(peers):
+                row["label"] += f" {name}={value}"
     return sorted(rows.values(), key=lambda row: (row["classes"], row["label"]))
-
-
-def label_of(row: dict, rows) -> str:
-    """A row's stage, and its settings that no more than half of that stage's rows have."""
-    peers = [other["settings"] for other in rows if other["stage"] == row["stage"]]
-    words = [row["stage"]]
-    for name, value in row["settings"].items():
-        others = [peer for peer in peers if peer.get(name) != value]
-        if 2 * len(others) >= len(peers):
-            words.append(f"{name}={value}")
-    return " ".join(words)
 
 
 def as_text(values) -> str:
@@ -544,8 +470,11 @@ def as_text(values) -> str:
     return f"{statistics.fmean(known):.1f} ± {statistics.stdev(known):.1f}"
 
 
-def comparison_text(rows: list) -> str:
-    """Two Markdown tables for every set of classes: the means, and the IoU of every class."""
+def compare_runs(args):
+    """Print two Markdown tables for every set of classes: the means, and the IoU of every class.
+    With --save-dir write compare.md, compare.json and compare.png."""
+    paths = list(expand(args.compare, "--compare", ("/log.jsonl",)))
+    rows = group_runs(paths)
     text = "Percent, mean ± sample standard deviation over seeds. A run is named by the settings\n"
     text += "that no more than half of its stage's runs have.\n"
     for classes, members in itertools.groupby(rows, key=lambda row: row["classes"]):
@@ -557,14 +486,6 @@ def comparison_text(rows: list) -> str:
             columns.append([str(i), "---", *map(as_text, zip(*row["iou"]))])
         for table in (means, zip(*columns)):
             text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-    return text
-
-
-def compare_runs(args):
-    """Print the tables; with --save-dir write compare.md, compare.json and compare.png."""
-    paths = list(expand(args.compare, "--compare", ("/log.jsonl",)))
-    rows = group_runs(paths)
-    text = comparison_text(rows)
     print(text)
     if not args.save_dir:
         return
@@ -594,9 +515,8 @@ def draw_curves(args):
     points = {}  # name to [(iteration, value), ...]
     for record in common.read_log(log):
         for name, value in record.items():
-            if not name.startswith(("loss_", "miou")) or not isinstance(value, (int, float)):
-                continue
-            if abs(value) < 1e300:
+            finite = isinstance(value, (int, float)) and abs(value) < 1e300
+            if finite and name.startswith(("loss_", "miou")):
                 points.setdefault(name, []).append((record["iter"], value))
     if not points:
         raise UserError(f"{log} holds no losses and no scores yet: train on first")
@@ -608,11 +528,10 @@ def draw_curves(args):
     losses.set_ylabel("losses, not weighted")
     scores.set_ylabel("percent")
     scores.set_xlabel("iteration")
-    for axes, prefix in ((losses, "loss_"), (scores, "miou")):
-        for name in points:
-            if name.startswith(prefix):
-                axes.plot(*zip(*points[name]), ".-", label=name)
-                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    for name, curve in points.items():
+        axes = scores if name.startswith("miou") else losses
+        axes.plot(*zip(*curve), ".-", label=name)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with common.atomic_write(output) as file:
         figure.savefig(file)
     print(f"in {output}")
@@ -624,17 +543,17 @@ def draw_curves(args):
 def pick(labels: Tensor, height: int, width: int) -> Tensor:
     """Labels (H,W) at the positions of a map: (height,width). Position i of h stands for pixel
     round(i (H-1) / (h-1)), where align_corners=True puts it."""
-
-    def pixels(count, length):  # not linspace, which rounds some positions the other way
-        steps = torch.arange(count, dtype=torch.float64) * (length - 1) / max(count - 1, 1)
-        return steps.round().long()
-
-    return labels[pixels(height, labels.shape[0])][:, pixels(width, labels.shape[1])]
+    for axis, count in enumerate((height, width)):
+        # not linspace, which rounds some positions the other way
+        steps = torch.arange(count, dtype=torch.float64) * (labels.shape[axis] - 1)
+        labels = labels.index_select(axis, (steps / max(count - 1, 1)).round().long())
+    return labels
 
 
 @torch.inference_mode()
-def sample_features(network, dataset: common.Labelled, workers: int, domain: int, device) -> dict:
-    """{"features": (N,D), "label", "domain", "is_prototype": (N,)} of one domain. At most
+@common.full_precision()
+def sample_features(network, dataset: common.Labelled, workers: int, domain: int, device) -> tuple:
+    """(features (N,D), label (N,), domain (N,), is_prototype (N,)) of one domain. At most
     FEATURE_POINTS of a class, every position as likely as any other, and then the prototypes, each
     the mean over all positions of a class."""
     generator = torch.Generator().manual_seed(domain)
@@ -648,8 +567,7 @@ def sample_features(network, dataset: common.Labelled, workers: int, domain: int
     images = Subset(dataset, common.spread(len(dataset), FEATURE_IMAGES))
     for item in common.one_by_one(images, workers, device):
         x = common.normalize(item["image"][None].to(device))
-        with common.full_precision():
-            f = network(x).features[0].cpu()  # (D, h, w)
+        f = network(x).features[0].cpu()  # (D, h, w)
         y = pick(item["label"], *f.shape[1:]).flatten()  # (hw,)
         f = f.flatten(1).T  # (hw, D)
         for c in range(C):
@@ -661,14 +579,11 @@ def sample_features(network, dataset: common.Labelled, workers: int, domain: int
             points[c] = torch.cat([points[c], own])[best]
     present = np.flatnonzero(count)
     prototypes = (total[present] / count[present]).float()
+    features = torch.cat([*points, prototypes]).numpy()
     label = np.repeat(np.arange(C), [len(own) for own in points])
+    is_prototype = np.repeat([False, True], [len(label), len(present)])
     label = np.concatenate([label, present])
-    return {
-        "features": torch.cat([*points, prototypes]).numpy(),
-        "label": label,
-        "domain": np.full(len(label), domain),
-        "is_prototype": np.arange(len(label)) >= len(label) - len(present),
-    }
+    return features, label, np.full(len(label), domain), is_prototype
 
 
 def write_features(args):
@@ -687,27 +602,28 @@ def write_features(args):
     refuse_outputs([args.features, picture], [*paths, *source.files(), *target.files()])
 
     network = common.inference_copy(networks[0])
-    both = [
+    parts = [
         sample_features(network, source, args.workers, 0, device),
         sample_features(network, target, args.workers, 1, device),
     ]
-    found = {name: np.concatenate([one[name] for one in both]) for name in both[0]}
+    features, label, domain, is_prototype = map(np.concatenate, zip(*parts))
+    found = {"features": features, "label": label, "domain": domain, "is_prototype": is_prototype}
     with common.atomic_write(args.features) as file:
         np.savez(file, names=np.array(source.classes), **found)
-    print(f"{args.features}: {len(found['label'])} features and prototypes")
+    print(f"{args.features}: {len(label)} features and prototypes")
     if not args.tsne:
         return
 
-    unit = F.normalize(torch.from_numpy(found["features"]), dim=1).numpy()  # as in the losses
+    unit = F.normalize(torch.from_numpy(features), dim=1).numpy()  # as in the losses
     perplexity = min(30, (len(unit) - 1) / 3)
     xy = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit)
     axes = figure.subplots()
-    for c in np.unique(found["label"]):
+    for c in np.unique(label):
         colour = common.palette(C)[c] / 255
         axes.scatter([], [], color=colour, label=source.classes[c])  # the legend's entry
-        for domain, marker in enumerate("oX"):
-            own = (found["label"] == c) & (found["domain"] == domain)
-            sizes = np.where(found["is_prototype"][own], 150, 20)
+        for side, marker in enumerate("oX"):
+            own = (label == c) & (domain == side)
+            sizes = np.where(is_prototype[own], 150, 20)
             axes.scatter(*xy[own].T, s=sizes, color=colour, marker=marker, edgecolors="none")
     axes.set_title("t-SNE of encoder features: source o, target x, prototypes large")
     axes.set_axis_off()
