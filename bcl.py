@@ -11,6 +11,7 @@ with dynamic ones, which come from source prototypes that the class-wise domain 
     python bcl.py --data-root DIR --init runs/gta5/warmup/last.pth --warmup-iters 0 --tau 0.7 \
         --out runs/tau07                                 a sweep, without a second warm-up
     python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0 --out runs/control
+        the control: target images pass through BatchNorm, and no loss looks at them
 
 The same command again goes on where the run stopped.
 
@@ -30,8 +31,8 @@ D7  Poly decay over 1.2 x the round, and half the rate in each next round, as R.
 D8  Static labels are made with each image's own BatchNorm statistics, as R; P does not say.
     --label-bn running takes the running ones, which know the source: 79 instead of 91 % of the
     labels were right in a trial on drawn scenes.
-D9  Static thresholds come from confidence histograms of 65,536 bins, linear in -log(1 - p): they
-    tell confidences apart as long as float32 does, also where a network is surer than 0.99998.
+D9  Static thresholds come from confidence histograms of 65,536 bins, linear in -log(1 - p), which
+    tell confidences apart up to float32's last before 1. Linear bins merge all above 0.99998.
     "The image's own top r" is over all its pixels, of any class.
 D10 A position of the stride-8 map stands for the pixel where align_corners puts its logits: labels
     are picked there and enlarged by the inverse. R's nearest is 3 to 8 pixels off at the borders:
@@ -41,14 +42,15 @@ D12 A loss over no pixel is 0 with zero gradient. R: NaN.
 D13 An image is never scaled below the crop, so nothing is padded: at R's sizes the factor 0.8
     becomes 730/850. Every epoch is a new permutation of the images.
 D14 --init imagenet takes torchvision's weights; R starts from a Caffe-style file, which is read.
-    The source-only warm-up before the first round is ours; no source gives its length.
-D15 Under torchrun there is one EMA, of the prototypes of all processes; gradients are averaged;
-    --lr is not scaled.
+    Length and rate of the source-only warm-up are ours: no source gives them for P's method.
+D15 Under torchrun there is one EMA, of the prototypes of all processes; gradients and BatchNorm's
+    running statistics are averaged; --lr is not scaled.
 D16 The last checkpoint is the result; best.pth is chosen on validation labels: an oracle.
 D17 --target-weight is 1, as in P's equation. R's configuration weighs the target's CE and entropy
     by 0.3.
-D18 On CUDA the convolutions run in bfloat16 (--no-amp: TF32), so that training's features and
-    logits have its precision; what is computed from them, static labels and evaluation are float32.
+D18 On GPUs that have bfloat16 the convolutions of training run in it (--no-amp: in TF32).
+    Prototypes and losses are computed in float32 from what they give. Static labels and evaluation
+    are float32.
 D19 The demo (DEMO) is short: it starts from demo/initial.pth, without the entropy terms, with
     r = 0.5, two rounds, scales 1.0 and 1.2, a rate of 2e-3 and the factor 0.3 on the head's.
 
@@ -76,7 +78,7 @@ from common import IGNORE, UserError, number
 
 # ====================================================================== arguments
 
-# What the demo, that is a run without a data root, uses in place of the defaults.
+# Defaults of the demo, that is, of a run without a data root.
 DEMO = dict(
     init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
     target_size=(256, 128), short_side=128, crop=128, scales=(1.0, 1.2), warmup_iters=0,
@@ -138,7 +140,7 @@ def parse() -> tuple:
     g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
     g.add_argument("--target-size", type=common.size, default="1460x730", help="WxH (released)")
     g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
-    g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
+    g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="its factors (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
     g.add_argument("--flip", action=on_off, default=True, help="mirror half the images (released)")
 
@@ -161,8 +163,8 @@ def parse() -> tuple:
     g.add_argument("--temperature", type=number(float, 1e-3, 1e6), default=0.1, help="T_c (paper)")
     g.add_argument("--lambda-ce", type=real, default=1.0, help="of both cross-entropies (paper)")
     g.add_argument("--lambda-ent", type=real, default=0.4, help="of both entropies (released)")
-    g.add_argument("--lambda-fcl", type=real, default=0.1, help="(released); paper: 0.1 to 0.7")
-    g.add_argument("--lambda-bcl", type=real, default=0.1, help="(released); paper: 0.1 to 0.7")
+    g.add_argument("--lambda-fcl", type=real, default=0.1, help="of L_FCL (released); paper .1-.7")
+    g.add_argument("--lambda-bcl", type=real, default=0.1, help="of L_BCL (released); paper .1-.7")
     text = "of the target's CE and entropy (paper; released configuration: 0.3)"
     g.add_argument("--target-weight", type=real, default=1.0, help=text)
     g.add_argument("--static-ratio", type=share, default=0.1, help="r, labelled share (released)")
@@ -176,7 +178,8 @@ def parse() -> tuple:
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=common.layers, default="3,4,23,3", help="blocks of each stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="BN mode (released)")
+    text = "BatchNorm statistics in training (released)"
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help=text)
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (released)")
 
@@ -319,9 +322,14 @@ def dynamic_labels(features: Tensor, prototypes: Prototypes, tau: float) -> Tens
     return torch.where(best > tau, label, IGNORE).view(features.shape[1:])
 
 
-def hybrid_labels(static: Tensor, dynamic: Tensor) -> Tensor:
-    """y_T = y_F where the static label y_F exists, else the dynamic y_D: (h,w) each, int64."""
-    return torch.where(static != IGNORE, static.long(), dynamic.long())
+def target_labels(kind: str, static: Tensor, dynamic: Tensor) -> Tensor:
+    """y_T. "static": y_F; "dynamic": y_D; "hybrid": y_F where it has a label, else y_D. All of one
+    shape, int64."""
+    if kind == "static":
+        return static
+    if kind == "dynamic":
+        return dynamic
+    return torch.where(static != IGNORE, static, dynamic)
 
 
 def pixel_entropy(logits: Tensor) -> Tensor:
@@ -432,7 +440,7 @@ def confident_prediction(network, image: Tensor, out_size: tuple) -> tuple:
 
 @common.full_precision()
 @torch.no_grad()
-def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
+def make_static_labels(args, settings, G, images: dict, folder: Path, device) -> dict:
     """Write the static labels of a round: <folder>/labels/<name>.png and <folder>/labels.json.
 
     Two passes of the network over all target images: histograms, then labels cut at the class
@@ -440,16 +448,11 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
     appears when it is whole. One that is there is read, and refused if another network made it.
     Returns what is in labels.json.
     """
-    about = {
-        "network": common.digest(t.cpu().numpy().tobytes() for t in G.state_dict().values()),
-        "images": common.fingerprint(images.values()),
-        "input_size": list(args.target_size),
-        "static_ratio": args.static_ratio,
-        "label_bn": args.label_bn,
-    }
+    network = common.digest(t.cpu().numpy().tobytes() for t in G.state_dict().values())
+    about = {"network": network, "settings": settings}
     if folder.exists():
         return read_static_labels(folder, images, about)
-    network = label_network(G, args.label_bn)
+    predictor = label_network(G, args.label_bn)
     absent = common.ABSENT.get(args.source, ())
     dataset = common.Images(images, args.target_size)
     C = args.num_classes
@@ -457,7 +460,7 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
     def predictions():
         for item in common.one_by_one(dataset, args.workers, device):
             image = item["image"].to(device, non_blocking=True)
-            yield item["name"], *confident_prediction(network, image, args.target_size)
+            yield item["name"], *confident_prediction(predictor, image, args.target_size)
 
     histogram = torch.zeros(C, BINS, dtype=torch.int64, device=device)
     for _, label, bins in predictions():
@@ -471,11 +474,10 @@ def make_static_labels(args, G, images: dict, folder: Path, device) -> dict:
         labelled += (static != IGNORE).double().mean().cpu()
         path = partial / "labels" / f"{name}.png"
         common.write_png(path, static.cpu().numpy(), C)
-    coverage = 100 * common.over_ranks(labelled).item() / len(images)
-    common.wait_for_ranks()
+    covered = common.over_ranks(labelled).item()  # when all ranks have written their labels
     if common.rank() == 0:
         about["thresholds"] = thresholds.tolist()
-        about["coverage"] = coverage
+        about["coverage"] = 100 * covered / len(images)
         about["labels"] = labels_digest(partial, images, about["thresholds"])
         common.write_text(partial / "labels.json", json.dumps(about) + "\n")
         with common.writing(folder):
@@ -509,50 +511,37 @@ def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
 # ====================================================================== label statistics
 
 
-class PairLabels:
-    """The static, dynamic and hybrid labels of a validation image beside a source image."""
-
-    def __init__(self, args, G, ema_source, ema_target, thresholds: list, device):
-        self.args = args
-        self.ema_source = ema_source
-        self.ema_target = ema_target
-        self.thresholds = torch.tensor(thresholds, device=device)
-        self.predictor = label_network(G, args.label_bn)
-        self.encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
-        common.set_mode(self.encoder, args.bn)
-
-    @common.full_precision()
-    @torch.no_grad()
-    def __call__(self, item: dict, pair: dict) -> dict:
-        """Dataset items (target, source) to {"static", "dynamic", "hybrid": (H,W) int64 labels}."""
-        args = self.args
-        device = self.thresholds.device
-        image_t = item["image"].to(device)
-        image_s = pair["image"].to(device)
-        label, bins = confident_prediction(self.predictor, image_t, args.target_size)
-        absent = common.ABSENT.get(args.source, ())
-        static = choose_static(label, bins, self.thresholds, args.static_ratio, absent)
-        f_s = self.encoder(common.normalize(image_s[None])).features.float()
-        f_t = self.encoder(common.normalize(image_t[None])).features.float()
-        y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
-        prototypes = class_prototypes(f_s[0], y_s[0], args.num_classes)
-        if args.calibrate:
-            prototypes = calibrate(prototypes, self.ema_source, self.ema_target)
-        dynamic = dynamic_labels(f_t[0], prototypes, args.tau)
-        height, width = item["label"].shape
-        static = pick(static[None], height, width)[0]
-        dynamic = enlarge(dynamic[None], height, width)[0]
-        return {"static": static, "dynamic": dynamic, "hybrid": hybrid_labels(static, dynamic)}
+def labels_of_pairs(args, G, ema_source, ema_target, thresholds: list, pairs, device):
+    """Yields of every (target, source) pair of dataset items: target, source, and the target's
+    labels {"static", "dynamic", "hybrid": (H,W) int64}. G stays as it is."""
+    predictor = label_network(G, args.label_bn)
+    encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
+    common.set_mode(encoder, args.bn)
+    bounds = torch.tensor(thresholds, device=device)
+    absent = common.ABSENT.get(args.source, ())
+    for item, pair in pairs:
+        with common.full_precision(), torch.no_grad():
+            image_t = item["image"].to(device)
+            image_s = pair["image"].to(device)
+            prediction, bins = confident_prediction(predictor, image_t, args.target_size)
+            static = choose_static(prediction, bins, bounds, args.static_ratio, absent)
+            f_s = encoder(common.normalize(image_s[None])).features
+            f_t = encoder(common.normalize(image_t[None])).features
+            y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
+            prototypes = class_prototypes(f_s[0], y_s[0], args.num_classes)
+            if args.calibrate:
+                prototypes = calibrate(prototypes, ema_source, ema_target)
+            dynamic = dynamic_labels(f_t[0], prototypes, args.tau)
+        y_f = pick(static[None], *item["label"].shape)[0]
+        y_d = enlarge(dynamic[None], *item["label"].shape)[0]
+        yield item, pair, {kind: target_labels(kind, y_f, y_d) for kind in LABEL_KINDS}
 
 
-def draw_labels(path, pair_labels: PairLabels, source, validation, num_classes: int):
-    """The paper's figure: labels of one target image beside two source images. Dynamic labels
-    change with the source image."""
-    item = validation[0]
+def draw_labels(path, labelled_pairs, num_classes: int):
+    """The paper's figure: labels of a target image beside source images, with which dynamic labels
+    change."""
     rows = []
-    for index in (0, len(source) // 2):
-        pair = source[0, index]  # augmented as sample 0
-        labels = pair_labels(item, pair)
+    for item, pair, labels in labelled_pairs:
         row = [pair["image"].permute(1, 2, 0).numpy(), pair["label"].numpy()]
         row.append(item["image"].permute(1, 2, 0).numpy())
         row += [labels[kind].byte().cpu().numpy() for kind in LABEL_KINDS]
@@ -562,23 +551,21 @@ def draw_labels(path, pair_labels: PairLabels, source, validation, num_classes: 
     common.write_grid(path, titles, rows, num_classes)
 
 
-def label_statistics(pair_labels: PairLabels, source, validation, workers: int) -> dict:
-    """How many pixels the three kinds of labels cover, and how many of these are right, in percent,
-    on the validation images, each beside a source image: {kind: {"coverage", "accuracy"}}.
-
-    Coverage is the share of labelled ones among the pixels that have a class, accuracy the share of
-    right ones among the labelled, None without any.
-    """
+def beside(validation, source) -> StackDataset:
+    """Pairs of every validation image and a source image."""
     # (i, j): source image j, augmented as sample i. A prime step mixes the fixed partners well.
     indices = [(i, i * 7919 % len(source)) for i in range(len(validation))]
-    dataset = StackDataset(validation, Subset(source, indices))
-    device = pair_labels.thresholds.device
-    # Pixels that have a class, that also have a label, whose label is right.
+    return StackDataset(validation, Subset(source, indices))
+
+
+def label_statistics(labelled_pairs, device) -> dict:
+    """{kind: {"coverage", "accuracy"}} in percent. Coverage: the labelled share of the pixels that
+    have a class; accuracy: the right share of the labelled ones, None without any."""
     counts = {kind: torch.zeros(3, dtype=torch.int64, device=device) for kind in LABEL_KINDS}
-    for item, pair in common.one_by_one(dataset, workers, device):
+    for item, _, labels in labelled_pairs:
         truth = item["label"].to(device).long()
         known = truth != IGNORE
-        for kind, label in pair_labels(item, pair).items():
+        for kind, label in labels.items():
             labelled = known & (label != IGNORE)
             right = known & (label == truth)
             counts[kind] += torch.stack([known.sum(), labelled.sum(), right.sum()])
@@ -602,7 +589,7 @@ def augment(image, label, rng, short_side: int, scales: tuple, crop: int, flip: 
     """
     short = max(crop, round(short_side * scales[rng.integers(len(scales))]))
     factor = short / min(image.size)
-    full = tuple(max(crop, round(side * factor)) for side in image.size)
+    full = tuple(round(side * factor) for side in image.size)
     x = int(rng.integers(full[0] - crop + 1))
     y = int(rng.integers(full[1] - crop + 1))
     box = (x, y, x + crop, y + crop)
@@ -631,9 +618,7 @@ def train(
     horizon = iters if warmup else 1.2 * iters
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(C, args.layers, args.width, aux=False)
-    report = "random initial weights"
-    if initial is not None:
-        report = common.load_weights(G, initial, args.init)
+    report = common.load_weights(G, initial, args.init)
     G.to(device)
     G.checkpoint_activations = args.checkpoint_activations
     groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
@@ -652,6 +637,7 @@ def train(
     targets = "no" if warmup else len(target_images)
     about = f"{len(source)} source images, {targets} target images, {report}"
     log = common.Log(folder, stage, about, start, total, settings)
+    common.set_mode(G, args.bn)
     if args.compile:
         G.compile(dynamic=False)  # in place: the names in checkpoints stay
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
@@ -660,7 +646,7 @@ def train(
     stop_signal = common.StopSignal()
 
     for it in range(start, total + 1):
-        # ---- once in a while: save, then evaluate; killed in between, it evaluates when it goes on
+        # ---- once in a while: save, then evaluate; a run killed in between evaluates later
         round_, step = divmod(it, iters)
         stop = stop_signal.agreed()
         save_due = common.due(it, args.save_every, total) or common.due(it, args.eval_every, total)
@@ -680,39 +666,41 @@ def train(
         # ---- a new round, or the one to go on with: static labels and new batches
         if it == start or step == 0:
             end = (round_ + 1) * iters
-            source_batches = common.Batches(
-                source, args.batch_size, it, end, args.workers, device
-            )
-            batches = [source_batches]
             if not warmup:
                 labels_folder = folder / f"round{round_}"
                 if step == 0:
-                    static = make_static_labels(args, G, target_images, labels_folder, device)
+                    static = make_static_labels(
+                        args, settings, G, target_images, labels_folder, device
+                    )
                 else:
-                    expected = {"labels": labels}
-                    static = read_static_labels(labels_folder, target_images, expected)
+                    static = read_static_labels(labels_folder, target_images, {"labels": labels})
                 labels = static["labels"]
                 reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
                 if round_ not in reported:
                     statistics = {}
                     if validation:
-                        pair_labels = PairLabels(
-                            args, G, ema_source, ema_target, static["thresholds"], device
+                        pairs = common.one_by_one(beside(validation, source), args.workers, device)
+                        labelled = labels_of_pairs(
+                            args, G, ema_source, ema_target, static["thresholds"], pairs, device
                         )
-                        statistics = label_statistics(pair_labels, source, validation, args.workers)
+                        statistics = label_statistics(labelled, device)
                     report_labels(log, it, round_, static, statistics)
-                pairs = {
+                files = {
                     name: (path, labels_folder / "labels" / f"{name}.png")
                     for name, path in target_images.items()
                 }
                 target = common.Labelled(
-                    pairs, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
+                    files, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
                 )
                 target_batches = common.Batches(
                     target, args.batch_size, it, end, args.workers, device
                 )
+            source_batches = common.Batches(
+                source, args.batch_size, it, end, args.workers, device
+            )
+            batches = [source_batches]
+            if not warmup:
                 batches.append(target_batches)
-            common.set_mode(G, args.bn)
 
         # ============================== the method ==============================
         lr = base_lr * 0.5**round_ * (1 - step / horizon) ** 0.9
@@ -757,15 +745,8 @@ def train(
             y_d_full = enlarge(y_d, *y_f_full.shape[1:])  # (B, H, W)
 
             # y_T, on the map and at full size
-            if args.labels == "static":
-                y_t = y_f
-                y_t_full = y_f_full
-            elif args.labels == "dynamic":
-                y_t = y_d
-                y_t_full = y_d_full
-            else:
-                y_t = hybrid_labels(y_f, y_d)
-                y_t_full = hybrid_labels(y_f_full, y_d_full)
+            y_t = target_labels(args.labels, y_f, y_d)
+            y_t_full = target_labels(args.labels, y_f_full, y_d_full)
 
             # p_T -> μ_T
             p_t = [class_prototypes(f_t[b], y_t[b], C) for b in batch]
@@ -786,7 +767,7 @@ def train(
                 + args.lambda_bcl * loss_bcl
             )
         loss.backward()
-        common.share_gradients(G)  # mean over torchrun's processes
+        common.average_over_ranks(G)  # gradients and running statistics
         optimizer.step()
         # =========================== end of the method ===========================
 
@@ -804,10 +785,13 @@ def train(
             log.losses(it + 1, device, lr=lr, round=round_)
 
     if not warmup and validation and common.rank() == 0:
-        expected = {"labels": labels}
-        static = read_static_labels(folder / f"round{rounds - 1}", target_images, expected)
-        pair_labels = PairLabels(args, G, ema_source, ema_target, static["thresholds"], device)
-        draw_labels(folder / "labels.png", pair_labels, source, validation, C)
+        labels_folder = folder / f"round{rounds - 1}"
+        static = read_static_labels(labels_folder, target_images, {"labels": labels})
+        pairs = [(validation[0], source[0, i]) for i in (0, len(source) // 2)]
+        labelled = labels_of_pairs(
+            args, G, ema_source, ema_target, static["thresholds"], pairs, device
+        )
+        draw_labels(folder / "labels.png", labelled, C)
     stop_signal.close()
 
 

@@ -616,12 +616,15 @@ def parse_weights(content: dict, path="weights") -> tuple:
     raise UserError(f"{path} is no DeepLab-V2 (it begins with {first}): README says what is read")
 
 
-def load_weights(network: DeepLabV2, content: dict, path="weights") -> WeightReport:
-    """Load a weight file's content into the network; says what was loaded, skipped and kept.
+def load_weights(network: DeepLabV2, content, path="weights"):
+    """Load a weight file's content into the network. Returns a WeightReport, or for no content
+    (None) a sentence that says so.
 
     Only the heads that WEIGHT_KINDS names may keep their initial value. UserError if the file is of
     another architecture or class count, or lacks anything else (num_batches_tracked apart).
     """
+    if content is None:
+        return "random initial weights"
     kind, state, skipped = parse_weights(content, path)
     if network.layer5 is None:
         state, unused = without(state, "layer5.")
@@ -1282,7 +1285,6 @@ def score_table(columns: dict) -> str:
     """A text table, a column per name of {name: scores}: per-class IoU and means, in percent."""
     first = next(iter(columns.values()))
     lines = [" " * 16 + "".join(f"{name:>14}" for name in columns)]
-
     means = [name for name in first if name.startswith("miou")]
     for name in [*first["iou"], *means]:
         line = f"{name.replace('miou', 'mIoU '):16}"
@@ -1325,7 +1327,7 @@ def wait_for_ranks():
         dist.barrier()
 
 
-def share_gradients(*modules: nn.Module):
+def average_over_ranks(*modules: nn.Module):
     """Average gradients and BatchNorm's running statistics over the ranks, in one message."""
     if world() == 1:
         return

@@ -30,13 +30,14 @@ D5  Stage 2 takes the last checkpoint of stage 1. R takes the best on the valida
 D6  --init imagenet takes torchvision's weights, R the Caffe-style DeepLab_resnet_pretrained_* file.
     The network strides on the 1x1 convolutions, torchvision's on the 3x3. R's file is read, too.
 D7  Every epoch is a new permutation of the images. R shuffles a list that repeats them.
-D8  With several processes (torchrun) the gradients are averaged. Each process takes the mean over
-    its own labelled pixels and normalises by its own batch statistics; --lr is not scaled.
-D9  On CUDA the convolutions run in bfloat16 (--no-amp: TF32), so that training's logits have its
-    precision; what is computed from them, the ranking and evaluation are float32.
-D10 The demo's schedule is short (DEMO): it starts from demo/initial.pth, a network trained on drawn
-    source scenes, with adversarial weights 20 times P's, rates of G and D 12 and 3 times P's, and
-    0.3 in place of 10 as factor of the heads.
+D8  With several processes (torchrun) gradients and BatchNorm's running statistics are averaged.
+    Each process takes the mean over its own labelled pixels and normalises by its own batch
+    statistics; --lr is not scaled.
+D9  On GPUs that have bfloat16 the convolutions of training run in it (--no-amp: in TF32). Entropies
+    and losses are computed in float32 from what they give. Ranking and evaluation are float32.
+D10 The demo (DEMO) is short. It starts from demo/initial.pth, a network trained on drawn source
+    scenes; the adversarial weights are 20 times the defaults, the rates of G and D 12 and 3 times,
+    and the heads' factor is 0.3.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -60,7 +61,7 @@ from common import IGNORE, UserError, number
 
 # ====================================================================== arguments
 
-# What the demo, that is a run without a data root, uses in place of the defaults.
+# Defaults of the demo, that is, of a run without a data root.
 DEMO = dict(
     init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
     source_size=(256, 128), target_size=(256, 128), batch_size=2, max_iters=400, lr=3e-3,
@@ -120,7 +121,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("schedule")
     g.add_argument("--batch-size", type=count, default=1, help="images of each domain (released)")
     g.add_argument("--max-iters", type=count, default=250_000, help="horizon of poly (released)")
-    g.add_argument("--stop-iters", type=count, help="iterations; 120000, SYNTHIA 90000 (released)")
+    g.add_argument("--stop-iters", type=count, help="default: 120000, SYNTHIA 90000 (released)")
     g.add_argument("--lr", type=real, default=2.5e-4, help="SGD learning rate of G (paper)")
     g.add_argument("--lr-d", type=real, default=1e-4, help="Adam learning rate of D (paper)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
@@ -129,20 +130,21 @@ def parse() -> tuple:
     kinds = ("adversarial", "batchnorm", "none")
     text = "target images: aligned, through BatchNorm alone (the control), or unread"
     g.add_argument("--alignment", choices=kinds, default="adversarial", help=text)
-    g.add_argument("--lambda-seg-main", type=real, default=1.0, help="weight of CE, main head")
+    g.add_argument("--lambda-seg-main", type=real, default=1.0, help="of CE, main head (paper)")
     g.add_argument("--lambda-seg-aux", type=real, default=0.1, help="of CE, aux head (released)")
     g.add_argument("--lambda-adv-main", type=real, default=0.001, help="λ_adv, main head (paper)")
     g.add_argument("--lambda-adv-aux", type=real, default=0.0002, help="λ_adv, aux head (released)")
 
     g = parser.add_argument_group("ranking")
     g.add_argument("--ratio", type=number(float, 0, 1), default=0.67, help="λ, easy share (paper)")
-    g.add_argument("--normalize-entropy", action=on_off, default=False, help="paper's best row")
+    g.add_argument("--normalize-entropy", action=on_off, default=False, help="x rarity (paper)")
 
     g = parser.add_argument_group("network")
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
     g.add_argument("--layers", type=common.layers, default="3,4,23,3", help="blocks of each stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="stem channels, also D's")
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help="BN mode (released)")
+    text = "BatchNorm statistics in training (released)"
+    g.add_argument("--bn", choices=("batch", "running"), default="batch", help=text)
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D1")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on heads' lr (released)")
 
@@ -234,7 +236,8 @@ def discriminator(num_classes: int, width: int = 64) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
+SOURCE = 0.0  # the discriminators' labels
+TARGET = 1.0
 
 
 def domain_loss(domain_logits: Tensor, domain: float) -> Tensor:
@@ -282,9 +285,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
     iters = args.stop_iters  # of a poly schedule that would end at --max-iters
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(args.num_classes, args.layers, args.width)
-    report = "random initial weights"
-    if initial is not None:
-        report = common.load_weights(G, initial, args.init)
+    report = common.load_weights(G, initial, args.init)
     D_main = discriminator(args.num_classes, args.width)
     D_aux = discriminator(args.num_classes, args.width)
     D = nn.ModuleDict({"main": D_main, "aux": D_aux})
@@ -322,7 +323,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
     stop_signal = common.StopSignal()
 
     for it in range(start, iters + 1):
-        # ---- once in a while: save, then evaluate; killed in between, it evaluates when it goes on
+        # ---- once in a while: save, then evaluate; a run killed in between evaluates later
         stop = stop_signal.agreed()
         save_due = common.due(it, args.save_every, iters) or common.due(it, args.eval_every, iters)
         if it > start and (stop or save_due):
@@ -389,13 +390,11 @@ def train(args, settings, folder, source, target, validation, initial, device):
                 source_aux = D_aux(I_s_aux)
                 target_main = D_main(I_t_main.detach())
                 target_aux = D_aux(I_t_aux.detach())
-            sum_main = domain_loss(source_main, SOURCE) + domain_loss(target_main, TARGET)
-            sum_aux = domain_loss(source_aux, SOURCE) + domain_loss(target_aux, TARGET)
-            loss_d_main = sum_main / 2
-            loss_d_aux = sum_aux / 2
+            loss_d_main = (domain_loss(source_main, SOURCE) + domain_loss(target_main, TARGET)) / 2
+            loss_d_aux = (domain_loss(source_aux, SOURCE) + domain_loss(target_aux, TARGET)) / 2
             (loss_d_main + loss_d_aux).backward()
 
-        common.share_gradients(G, D)  # mean over torchrun's processes
+        common.average_over_ranks(G, D)  # gradients and running statistics
         g_optimizer.step()
         if target and args.alignment == "adversarial":
             d_optimizer.step()
@@ -452,18 +451,17 @@ def rank_target(args, checkpoint: Path, images: dict, device):
         factor = 1.0
         if C == 19:
             factor = rarity_factor(set(label.unique().tolist()))
-        rows[item["name"]] = {"entropy": entropy, "normalized_entropy": entropy * factor}
+        row = {"name": item["name"], "entropy": entropy, "normalized_entropy": entropy * factor}
+        rows[item["name"]] = row
         path = partial / "labels" / f"{item['name']}.png"
         common.write_png(path, label.cpu().numpy(), C)
-    rows = common.merge_ranks(rows)
-    common.wait_for_ranks()
+    rows = common.merge_ranks(rows)  # when all ranks have written their labels
     if common.rank() == 0:
-        order = sorted(images, key=lambda name: (rows[name]["entropy"], name))
+        ranked = sorted(rows.values(), key=lambda row: (row["entropy"], row["name"]))
         table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["name", "entropy", "normalized_entropy"])
-        for name in order:
-            writer.writerow([name, rows[name]["entropy"], rows[name]["normalized_entropy"]])
+        writer = csv.DictWriter(table, ranked[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ranked)
         common.write_text(partial / "ranking.csv", table.getvalue())
         about = {
             "checkpoint": os.path.relpath(checkpoint, args.out),
@@ -471,10 +469,10 @@ def rank_target(args, checkpoint: Path, images: dict, device):
             "input_size": list(args.target_size),
             "num_classes": C,
             "images": common.fingerprint(images.values()),
-            "content": ranking_content(partial, order),
+            "content": ranking_content(partial, ranked),
         }
         common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
-        shown = [dataset.names.index(name) for name in order[:3] + order[-3:]]
+        shown = [dataset.names.index(row["name"]) for row in ranked[:3] + ranked[-3:]]
         gallery = partial / "gallery.png"
         common.write_panel(gallery, {"prediction": network}, dataset, shown, device, pixel_entropy)
         with common.writing(folder):
@@ -482,9 +480,9 @@ def rank_target(args, checkpoint: Path, images: dict, device):
     common.wait_for_ranks()
 
 
-def ranking_content(folder: Path, names: list) -> str:
+def ranking_content(folder: Path, rows: list) -> str:
     """A digest of the table and of all labels."""
-    labels = [folder / "labels" / f"{name}.png" for name in names]
+    labels = [folder / "labels" / f"{row['name']}.png" for row in rows]
     return common.content_digest([folder / "ranking.csv", *labels])
 
 
@@ -502,7 +500,7 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
         for row in rows:
             row["entropy"] = float(row["entropy"])
             row["normalized_entropy"] = float(row["normalized_entropy"])
-        content = ranking_content(folder, [row["name"] for row in rows])
+        content = ranking_content(folder, rows)
         ranked_with = checkpoint or folder.parent / about["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
