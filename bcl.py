@@ -74,7 +74,7 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset, Subset
 
 import common
-from common import IGNORE, UserError, number
+from common import IGNORE, UserError, number, place
 
 # ====================================================================== arguments
 
@@ -128,10 +128,10 @@ def parse() -> tuple:
     side = number(int, 32, 4096)
 
     g = parser.add_argument_group("files")
-    g.add_argument("--data-root", type=Path, help="folder with GTA5/, Cityscapes/, ...; none: demo")
-    g.add_argument("--source-root", type=Path, help="the source's folder, if not below --data-root")
-    g.add_argument("--target-root", type=Path, help="the target's folder, if not below --data-root")
-    g.add_argument("--out", type=Path, default="runs/bcl", help="folder of this run's files")
+    g.add_argument("--data-root", type=place, help="parent of GTA5/, Cityscapes/ ...; none: demo")
+    g.add_argument("--source-root", type=place, help="source folder, if not below --data-root")
+    g.add_argument("--target-root", type=place, help="target folder, if not below --data-root")
+    g.add_argument("--out", type=place, default="runs/bcl", help="folder of this run's files")
 
     g = parser.add_argument_group("data")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
@@ -498,7 +498,7 @@ def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
     try:
         about = json.loads((folder / "labels.json").read_text())
         content = labels_digest(folder, images, about["thresholds"])
-        float(about["coverage"])
+        about["coverage"] = float(about["coverage"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): choose another --out")
     for entry, value in [("labels", content), *expected.items()]:
@@ -823,6 +823,9 @@ def main():
 
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
         args.data_root = demo_scenes(args.source)
+
+    if any(args.out.glob("stage?/last.pth")):
+        raise UserError(f"--out {args.out} holds a run of intrada.py: choose another --out")
 
     # What the run needs is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)

@@ -89,13 +89,15 @@ def launch(main):
         sentence = as_sentence(error)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be on a full disk
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # a normal exit would wait for processes that may wait for this one
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that readers died
-        for reader in multiprocessing.active_children():
-            reader.kill()  # they ignore the signal with which a normal exit would end them
         sys.exit(2)
+    finally:
+        for reader in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the reader's end
+            reader.kill()  # a normal exit would wait for it: readers see no signal of ours
 
 
 @contextlib.contextmanager
@@ -105,7 +107,7 @@ def writing(path):
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {path} ({reason}): free the disk or choose another folder")
+        raise UserError(f"cannot write {path} ({reason}): choose another place, or free the disk")
 
 
 @contextlib.contextmanager
@@ -158,6 +160,7 @@ def lock(out):
     import fcntl  # not on Windows, where evaluation still works
 
     if rank() > 0:
+        wait_for_ranks()
         return None
     with writing(out):
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,7 @@ def lock(out):
             owner = re.fullmatch(r"\.\d+\.(\d+)\.tmp", leftover.name)
             if owner and leftover.is_file() and not process_lives(int(owner[1])):
                 leftover.unlink()
+    wait_for_ranks()
     return file
 
 
@@ -232,6 +236,13 @@ def layers(text: str) -> tuple:
     return counts
 
 
+def place(text: str) -> Path:
+    if not text:  # an unset variable of the shell; Path("") is the current folder
+        raise ValueError
+    return Path(text)
+
+
+place.__name__ = "path (not empty)"
 size.__name__ = "size (WxH, sides of 32 to 4096)"
 layers.__name__ = "layers (four block counts, say 3,4,23,3)"
 
@@ -521,6 +532,9 @@ def read_checkpoint(path) -> dict:
             if zipfile.is_zipfile(path):  # torch's own reader does not look at the checksums
                 with zipfile.ZipFile(path) as archive:
                     damaged = archive.testzip()
+                    for entry in archive.infolist():
+                        if entry.external_attr & 0x10:  # a folder, of which torch reads nothing
+                            damaged = entry.filename
             with warnings.catch_warnings():  # torch warns of TorchScript files, and refuses them
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -532,7 +546,8 @@ def read_checkpoint(path) -> dict:
         hint = 'save {"state_dict": network.state_dict()} alone, or bring it again'
         raise UserError(f"{path} is damaged, or holds objects beside its tensors: {hint}")
     except Exception as error:  # a damaged file can make torch stumble anywhere
-        raise UserError(f"cannot read {path} ({type(error).__name__}): name a file, bring it again")
+        kind = type(error).__name__
+        raise UserError(f"cannot read {path} ({kind}): bring a state dict, as .pth or .safetensors")
     if damaged or not isinstance(content, dict):
         raise UserError(f"{path} is damaged or holds no state dict: download or train it again")
     return content
@@ -678,7 +693,7 @@ def load(path) -> DeepLabV2:
     network.input_size = (1460, 730) if kind == "BCL release" else (1024, 512)
     known = content.get("input_size")
     if isinstance(known, (tuple, list)) and len(known) == 2:
-        if all(isinstance(side, int) and 32 <= side <= 16384 for side in known):
+        if all(isinstance(side, int) and 32 <= side <= 4096 for side in known):
             network.input_size = tuple(known)
     return network.eval()
 
@@ -811,7 +826,7 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
                 below = name if by_file_name else path.relative_to(base).as_posix()
                 key = below[: -len(suffix)]
                 if re.search(CONTROL, key):  # names become lines of text files
-                    raise UserError(f"{str(path)!a}: the name holds a line break or the like")
+                    raise UserError(f"{str(path)!a}: line break or no UTF-8 in the name, rename it")
                 if key in found:
                     raise UserError(f"{found[key]} and {path} have one name: remove one")
                 found[key] = path
@@ -853,9 +868,10 @@ def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     if kind != "folder" or not path.is_file():
         return class_names(num_classes)
     lines = read_lines(path)
-    names = dict.fromkeys(line.strip() for line in lines if line.strip())
-    if len(names) != num_classes:
-        raise UserError(f"{path} names {len(names)} classes, not --num-classes {num_classes}")
+    names = [line.strip() for line in lines if line.strip()]
+    if not len(names) == len(set(names)) == num_classes:
+        counts = f"{len(names)} names, {len(set(names))} different ones"
+        raise UserError(f"{path} has {counts}: give one for each of --num-classes {num_classes}")
     return tuple(names)
 
 
@@ -1106,8 +1122,7 @@ class Batches:
 
     def __init__(self, dataset: Images, batch: int, start: int, stop: int, workers: int, device):
         order = endless_order(len(dataset), dataset.seed, start, stop, batch)
-        loader = make_loader(dataset, workers, device, batch_size=batch, sampler=order)
-        self.batches = iter(loader)
+        self.batches = read_items(dataset, workers, device, batch_size=batch, sampler=order)
         self.device = device
 
     def __next__(self):
@@ -1121,23 +1136,30 @@ class Batches:
         return images, batch["label"].to(self.device, non_blocking=True).long()
 
 
-def one_by_one(dataset: Dataset, workers: int, device) -> DataLoader:
+def one_by_one(dataset: Dataset, workers: int, device):
     """This rank's share of a dataset's items (every world-th), in order, not batched."""
     share = range(rank(), len(dataset), world())
-    return make_loader(dataset, workers, device, batch_size=None, sampler=share)
+    return read_items(dataset, workers, device, batch_size=None, sampler=share)
 
 
-def make_loader(dataset, workers: int, device, **options) -> DataLoader:
+def read_items(dataset: Dataset, workers: int, device, **options):
+    """An iterator of what `workers` processes read.
+
+    They leave when this process does: signals to a job are this process's business, and stay
+    blocked in processes that start while they are blocked here.
+    """
+    options["pin_memory"] = device.type == "cuda"
     if workers:
         options["prefetch_factor"] = 4
-    options["worker_init_fn"] = ignore_signals
-    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
-
-
-def ignore_signals(worker: int):
-    """A reader leaves when the training process does; signals to a job are that one's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    loader = DataLoader(dataset, num_workers=workers, **options)
+    if sys.platform == "win32":  # where signals cannot be blocked
+        return iter(loader)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 # ====================================================================== evaluation
@@ -1239,6 +1261,8 @@ def predict(network: DeepLabV2, image, size=None) -> Tensor:
         if image.dim() == 4:
             return torch.stack([predict(network, one, size) for one in image])
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"predict takes a Pillow image or a uint8 tensor, not {type(image)}")
     image = upright_rgb(image)
     small = resize(image, size or same_area(image.size, network.input_size), "image")
     x = to_tensor(small)[None].to(next(network.parameters()).device)
@@ -1487,9 +1511,20 @@ def read_log(path) -> list:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and is_count(record.get("iter")):
+            if isinstance(record, dict) and is_count(record.get("iter")) and has_scores(record):
                 records.append(record)
     return records
+
+
+def has_scores(record: dict) -> bool:
+    """False for an evaluation whose scores are no percentages or None, as after an edit by hand."""
+    if record.get("event") != "evaluation":
+        return True
+    if not isinstance(record.get("iou"), dict):
+        return False
+    means = [value for name, value in record.items() if name.startswith("miou")]
+    values = [value for value in [*means, *record["iou"].values()] if value is not None]
+    return all(isinstance(value, (int, float)) and 0 <= value <= 100 for value in values)
 
 
 class Log:

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 import common
-from common import UserError
+from common import UserError, place
 
 PANEL_ROWS = 6
 FEATURE_IMAGES = 500  # read at most so many of a domain, spread over the set
@@ -68,31 +68,31 @@ def parse() -> argparse.Namespace:
     g = parser.add_argument_group("jobs (none of these: score labelled images)")
     g.add_argument("--images", nargs="+", metavar="PATH", help="files, folders, globs to segment")
     g.add_argument("--compare", nargs="+", metavar="LOG", help="log.jsonl files, folders, globs")
-    g.add_argument("--curves", type=Path, metavar="RUN", help="a log.jsonl or its folder")
-    g.add_argument("--features", type=Path, metavar="NPZ", help="features of source and target")
+    g.add_argument("--curves", type=place, metavar="RUN", help="a log.jsonl or its folder")
+    g.add_argument("--features", type=place, metavar="NPZ", help="features of source and target")
 
     g = parser.add_argument_group("network")
-    g.add_argument("--ckpt", type=Path, nargs="+", help="averaged (newest last.pth below runs/)")
+    g.add_argument("--ckpt", type=place, nargs="+", help="averaged (newest last.pth below runs/)")
     g.add_argument("--branches", type=int, choices=(2, 4), default=4, help="2: AdaptSegNet")
     g.add_argument("--input-size", type=common.size, help="WxH (what the checkpoint says)")
     g.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
 
     g = parser.add_argument_group("data")
-    g.add_argument("--data-root", type=Path, help="folder with Cityscapes/, ... (built-in scenes)")
+    g.add_argument("--data-root", type=place, help="folder with Cityscapes/, ... (built-in scenes)")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="(%(default)s)")
-    g.add_argument("--target-root", type=Path, help="the target's folder, if not below --data-root")
+    g.add_argument("--target-root", type=place, help="target folder, if not below --data-root")
     g.add_argument("--split", choices=("train", "val", "test"), default="val", help="(%(default)s)")
-    g.add_argument("--subset", type=Path, help="text file: an image name a line, the others go")
+    g.add_argument("--subset", type=place, help="text file: an image name a line, the others go")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="(%(default)s)")
-    g.add_argument("--source-root", type=Path, help="the source's folder, if not below --data-root")
+    g.add_argument("--source-root", type=place, help="source folder, if not below --data-root")
     count = common.number(int, 0, 256)
     g.add_argument("--workers", type=count, default=2, help="reading processes (%(default)s)")
 
     g = parser.add_argument_group("output")
-    g.add_argument("--save-dir", type=Path, help="folder of pictures, or of the comparison's files")
-    g.add_argument("--label-ids", type=Path, help="folder of PNGs for Cityscapes' evaluator")
-    g.add_argument("--panel", type=Path, help="one picture: images, labels, predictions")
-    g.add_argument("--json", type=Path, help="all scores and the confusion (rows are labels)")
+    g.add_argument("--save-dir", type=place, help="folder of pictures or of the comparison")
+    g.add_argument("--label-ids", type=place, help="folder of PNGs for Cityscapes' evaluator")
+    g.add_argument("--panel", type=place, help="one picture: images, labels, predictions")
+    g.add_argument("--json", type=place, help="all scores and the confusion (rows are labels)")
     g.add_argument("--tsne", action="store_true", help="draw --features beside the .npz")
     args = parser.parse_args()
     given = [text.split("=")[0] for text in sys.argv[1:] if text.startswith("--")]
@@ -160,6 +160,7 @@ def refuse_outputs(outputs: list, inputs: list):
 def library(module: str):
     """A module of matplotlib or scikit-learn, with which pictures are drawn."""
     try:
+        importlib.import_module("matplotlib").rcParams["text.parse_math"] = False  # $ in names
         return importlib.import_module(module)
     except ImportError:
         raise UserError("drawing needs packages: pip install matplotlib scikit-learn") from None
@@ -212,7 +213,8 @@ def find(list_files, args, kind: str, own_root, split: str, num_classes: int) ->
         wanted = {line.strip() for line in common.read_lines(args.subset)}
         chosen = [name for name in files if wanted & {name, name.split("/")[-1]}]
         if not chosen:
-            raise UserError(f"--subset {args.subset} names none of the {len(files)} images")
+            first = next(iter(files))
+            raise UserError(f"--subset {args.subset} names no image: give lines like {first}")
         files = {name: files[name] for name in chosen}
     return files, root
 
@@ -415,9 +417,6 @@ def read_run(path: Path) -> tuple:
         raise UserError("was not evaluated at its end")
     means = [common.mean_iou(record) for record in evaluations]
     iou = evaluations[-1]["iou"]
-    known = [value for value in iou.values() if value is not None]
-    if not np.isfinite([*means, *known]).all():  # TypeError for what is no number
-        raise ValueError("a score is not finite")
     settings = start["settings"]
     seed = settings.pop("seed")
     settings.pop("ranking", None)  # a digest of its stage 1's results: other for every seed

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import IGNORE, UserError, number
+from common import IGNORE, UserError, number, place
 
 # ====================================================================== arguments
 
@@ -102,12 +102,12 @@ def parse() -> tuple:
     real = number(float, 0, 1e6)
 
     g = parser.add_argument_group("files")
-    g.add_argument("--data-root", type=Path, help="folder with GTA5/, Cityscapes/, ...; none: demo")
-    g.add_argument("--source-root", type=Path, help="the source's folder, if not below --data-root")
-    g.add_argument("--target-root", type=Path, help="the target's folder, if not below --data-root")
-    g.add_argument("--out", type=Path, default="runs/intrada", help="folder of this run's files")
-    g.add_argument("--ckpt", type=Path, help="stage 2: rank with this file, not stage1/last.pth")
-    g.add_argument("--ranking", type=Path, help="stage 3: folder of another run's ranking.csv")
+    g.add_argument("--data-root", type=place, help="parent of GTA5/, Cityscapes/ ...; none: demo")
+    g.add_argument("--source-root", type=place, help="source folder, if not below --data-root")
+    g.add_argument("--target-root", type=place, help="target folder, if not below --data-root")
+    g.add_argument("--out", type=place, default="runs/intrada", help="folder of this run's files")
+    g.add_argument("--ckpt", type=place, help="stage 2: rank with this file, not stage1/last.pth")
+    g.add_argument("--ranking", type=place, help="stage 3: folder of another run's ranking.csv")
 
     g = parser.add_argument_group("data")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
@@ -308,6 +308,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
     targets = f"{len(target)} target images" if target else "no target images"
     about = f"{len(source)} labelled images, {targets}, {report}"
     log = common.Log(folder, folder.name, about, start, iters, settings)
+    stop_signal = common.StopSignal()
     source_batches = common.Batches(source, args.batch_size, start, iters, args.workers, device)
     batches = [source_batches]
     if target:
@@ -320,7 +321,6 @@ def train(args, settings, folder, source, target, validation, initial, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     information = common.compiled(self_information, args.compile)
     cross_entropy = common.compiled(segmentation_loss, args.compile)
-    stop_signal = common.StopSignal()
 
     for it in range(start, iters + 1):
         # ---- once in a while: save, then evaluate; a run killed in between evaluates later
@@ -492,7 +492,7 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
     file that it names, if it is still there, must not have changed)."""
     again = f"remove {folder} and run --stage 2 again"
     if not (folder / "ranking.csv").exists():
-        raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, or remove an empty {folder}")
+        raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, without a {folder}")
     try:
         about = json.loads((folder / "ranking.json").read_text())
         with open(folder / "ranking.csv", newline="") as file:
@@ -501,7 +501,7 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
             row["entropy"] = float(row["entropy"])
             row["normalized_entropy"] = float(row["normalized_entropy"])
         content = ranking_content(folder, rows)
-        ranked_with = checkpoint or folder.parent / about["checkpoint"]
+        named = folder.parent / about["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
     expected = {
@@ -510,6 +510,7 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
         "num_classes": num_classes,
         "input_size": list(size),
     }
+    ranked_with = checkpoint or named
     if ranked_with.exists():
         expected["checkpoint_digest"] = common.content_digest([ranked_with])
     for entry, value in expected.items():
@@ -556,6 +557,9 @@ def main():
     checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
     ranking = args.ranking or args.out / "stage2"
 
+    if (args.out / "warmup").exists() or (args.out / "last.pth").exists():
+        raise UserError(f"--out {args.out} holds a run of bcl.py: choose another --out")
+
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     images = common.list_images(args.target, target_root, "train")
@@ -563,8 +567,8 @@ def main():
     if stage_2 or aligned:
         target.look()
     if (stage_2 or stage_3) and easy_count(args.ratio, len(images)) == 0:
-        raise UserError(f"--ratio {args.ratio} of {len(images)} images leaves no easy one")
-    if args.stage == "2" and not checkpoint.exists():
+        raise UserError(f"--ratio {args.ratio} of {len(images)} leaves no easy one: raise it")
+    if args.stage == "2" and not checkpoint.is_file():
         raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
     if stage_1 or stage_3:
         initial, settings["init"] = common.initial_weights(args.init)
