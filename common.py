@@ -79,6 +79,7 @@ def launch(main):
     try:
         main()
         if dist.is_initialized():
+            wait_for_ranks()  # gloo of torch 2.4 may hang in a process that leaves before another
             dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
