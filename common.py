@@ -76,29 +76,33 @@ def launch(main):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without λ prints an escape
             stream.reconfigure(errors="backslashreplace")
+    status = 0
     try:
         main()
-        if dist.is_initialized():
-            wait_for_ranks()  # gloo of torch 2.4 may hang in a process that leaves before another
-            dist.destroy_process_group()
+    except SystemExit as stop:
+        status = stop.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:  # the reader of our output, say head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
+        status = 141
     except Exception as error:
         sentence = as_sentence(error)
         if sentence is None:
             raise
         with contextlib.suppress(OSError):  # stderr may be on a full disk
             print(f"error: {sentence}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(2)  # a normal exit would wait for processes that may wait for this one
-        sys.exit(2)
+        status = 2
     finally:
         for reader in multiprocessing.active_children():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the reader's end
             reader.kill()  # a normal exit would wait for it: readers see no signal of ours
+    if dist.is_initialized():
+        # A normal exit waits for processes that may wait for this one, and gloo of torch 2.4 may
+        # hang in it.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextlib.contextmanager
