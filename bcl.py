@@ -848,7 +848,7 @@ def main():
     labelled = source_at(args.short_side, args.crop)
     labelled.look()
     initial, settings["init"] = common.initial_weights(args.init)
-    files = labelled.files()
+    files = labelled.files
     warmup_settings = {**settings, "images": common.fingerprint(files)}
     settings["images"] = common.fingerprint(files + list(images.values()))
     common.earlier_run(args.out, settings)

@@ -37,6 +37,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import Bottleneck
+from torchvision.transforms.functional import pil_to_tensor
 
 # ====================================================================== errors and files
 
@@ -44,19 +45,14 @@ from torchvision.models.resnet import Bottleneck
 class UserError(Exception):
     """Something the user can put right: one sentence that names the file or flag and what to do."""
 
-    def __init__(self, message: str):
-        # A reading process passes its exception on as a printed traceback that ends in this name.
-        sentence = message.split("UserError: ")[-1]
-        super().__init__(" ".join(sentence.splitlines()))
-
 
 def as_sentence(error: Exception):
     """What to tell about an exception that input or machine caused; None for a possible bug."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
+    if isinstance(error, UserError):  # a reading process's arrives as a printed traceback
+        return text.split("UserError: ")[-1]
     if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of mem" in text):
-        return "out of GPU memory: lower batch or image size, add --amp or --checkpoint-activations"
+        return "out of GPU memory: lower batch or image size; training has --checkpoint-activations"
     if isinstance(error, MemoryError) or "DefaultCPUAlloc" in text or "bad_alloc" in text:
         return "out of memory: lower --workers, the batch size or the image sizes"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
@@ -110,8 +106,8 @@ def writing(path):
     """A full disk, a missing permission or a folder in the way become a UserError."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error)[:80]
         raise UserError(f"cannot write {path} ({reason}): choose another place, or free the disk")
 
 
@@ -119,7 +115,8 @@ def writing(path):
 def atomic_write(path):
     """Open `path` for binary writing. The file appears whole or not at all."""
     path = Path(path)
-    # short, as the name itself may be long; a rank's own, as equal pids on two machines may be
+    # Short, as the file's own name may have any length; with the rank, as processes on two machines
+    # can have one pid.
     temporary = path.with_name(f".{rank()}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -176,20 +173,10 @@ def lock(out):
             raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
             owner = re.fullmatch(r"\.\d+\.(\d+)\.tmp", leftover.name)
-            if owner and leftover.is_file() and not process_lives(int(owner[1])):
+            if owner and leftover.is_file() and not os.path.exists(f"/proc/{owner[1]}"):
                 leftover.unlink()
     wait_for_ranks()
     return file
-
-
-def process_lives(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def digest(chunks) -> str:
@@ -350,7 +337,7 @@ class DeepLabV2(nn.Module):
     `set_mode`). Weights lie channels last, with which convolutions are faster.
     """
 
-    checkpoint_activations = False  # True: keep blocks' inputs alone, and compute the rest again
+    checkpoint_activations = False  # True: the backward pass computes what lies inside blocks again
     input_size = (1024, 512)  # (W, H) to which `predict` scales images; `load` sets its own
 
     def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux=True):
@@ -392,7 +379,8 @@ class DeepLabV2(nn.Module):
             return stage(x)
         options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in stage:
-            x = checkpoint(block, x, context_fn=once_only_statistics(block), **options)
+            passes = (contextlib.nullcontext(), statistics_stay(block))
+            x = checkpoint(block, x, context_fn=lambda: passes, **options)
         return x
 
     def parameter_groups(self, backbone_lr: str, head_factor: float) -> list:
@@ -432,25 +420,20 @@ def residual_stage(channels, planes: int, blocks: int, stride: int, dilation: in
     return nn.Sequential(first, *rest)
 
 
-def once_only_statistics(block: nn.Module):
-    """For torch's checkpoint: contexts of a block's two forward passes, of which the second must
-    not move BatchNorm's running statistics again."""
-
-    @contextlib.contextmanager
-    def second_pass():
-        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-            norm.num_batches_tracked = None
-        try:
-            yield
-        finally:
-            for norm, (momentum, count) in zip(norms, before):
-                norm.momentum = momentum
-                norm.num_batches_tracked = count
-
-    return lambda: (contextlib.nullcontext(), second_pass())
+@contextlib.contextmanager
+def statistics_stay(block: nn.Module):
+    """Inside, as in a checkpoint's second forward pass, BatchNorm's running statistics stay."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
 
 
 def set_mode(network: nn.Module, bn: str):
@@ -491,21 +474,11 @@ def inference_copy(network: DeepLabV2) -> DeepLabV2:
 FORMAT = "intrada-bcl 2"  # header of our own checkpoints
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "ema_model")
 PREFIXES = ("module.", "_orig_mod.", "model.")
-# kind of file: heads that it may leave at their initial value
-WEIGHT_KINDS = {
-    "our checkpoint": ("layer5.",),  # BCL's networks have no auxiliary head
-    "AdvEnt / IntraDA checkpoint": (),
-    "AdvEnt, single level": ("layer5.",),
-    "BCL release": ("layer5.",),
-    "single-level DeepLab": ("layer5.",),
-    "initial weights (Scale.*)": ("layer5.", "layer6."),
-    "torchvision ResNet": ("layer5.", "layer6."),
-}
 ADAPTSEGNET = ("AdvEnt / IntraDA checkpoint", "single-level DeepLab")  # its files look like these
 
 
 class WeightReport(NamedTuple):
-    kind: str  # one of WEIGHT_KINDS
+    kind: str  # of file, as parse_weights names it
     loaded: list  # names of the tensors taken from the file
     skipped: list  # names in the file that this network has no use for
     initialised: list  # names in the network that keep their initial value
@@ -527,7 +500,7 @@ def read_checkpoint(path) -> dict:
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: check the path, and name the file, not a folder")
-    damaged = None
+    damaged = False
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -536,10 +509,9 @@ def read_checkpoint(path) -> dict:
         else:
             if zipfile.is_zipfile(path):  # torch's own reader does not look at the checksums
                 with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-                    for entry in archive.infolist():
-                        if entry.external_attr & 0x10:  # a folder, of which torch reads nothing
-                            damaged = entry.filename
+                    # a folder: torch reads nothing of what has this attribute
+                    folders = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
+                    damaged = archive.testzip() or folders
             with warnings.catch_warnings():  # torch warns of TorchScript files, and refuses them
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -547,14 +519,11 @@ def read_checkpoint(path) -> dict:
         raise UserError(f"{path}: reading it needs a package: pip install safetensors")
     except MemoryError:
         raise
-    except pickle.UnpicklingError:
-        hint = 'save {"state_dict": network.state_dict()} alone, or bring it again'
-        raise UserError(f"{path} is damaged, or holds objects beside its tensors: {hint}")
-    except Exception as error:  # a damaged file can make torch stumble anywhere
-        kind = type(error).__name__
-        raise UserError(f"cannot read {path} ({kind}): bring a state dict, as .pth or .safetensors")
+    except Exception:  # a damaged file can make torch stumble anywhere
+        damaged = True
     if damaged or not isinstance(content, dict):
-        raise UserError(f"{path} is damaged or holds no state dict: download or train it again")
+        hint = 'bring it again, or save {"state_dict": network.state_dict()} alone'
+        raise UserError(f"{path} is damaged, no state dict, or holds objects beside it: {hint}")
     return content
 
 
@@ -640,8 +609,8 @@ def load_weights(network: DeepLabV2, content, path="weights"):
     """Load a weight file's content into the network. Returns a WeightReport, or for no content
     (None) a sentence that says so.
 
-    Only the heads that WEIGHT_KINDS names may keep their initial value. UserError if the file is of
-    another architecture or class count, or lacks anything else (num_batches_tracked apart).
+    Only a head of which the file has no tensor may keep its initial value. UserError if the file is
+    of another architecture or class count, or lacks anything else (num_batches_tracked apart).
     """
     if content is None:
         return "random initial weights"
@@ -650,13 +619,14 @@ def load_weights(network: DeepLabV2, content, path="weights"):
         state, unused = without(state, "layer5.")
         skipped = skipped + unused
     own = network.state_dict()
+    heads = ("layer5.", "layer6.")
+    absent = tuple(head for head in heads if not any(name.startswith(head) for name in state))
     initialised = []
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     for name in own:
         if name in state or name.endswith("num_batches_tracked"):
             continue
-        optional = any(name.startswith(prefix) for prefix in WEIGHT_KINDS[kind])
-        (initialised if optional else wrong).append(name)
+        (initialised if name.startswith(absent) else wrong).append(name)
     if wrong:
         name = wrong[0]
         found = tuple(state[name].shape) if name in state else "missing"
@@ -681,19 +651,19 @@ def load(path) -> DeepLabV2:
     content = read_checkpoint(path)
     kind, state, _ = parse_weights(content, path)
     try:
-        layers = []
+        blocks = []
         for i in (1, 2, 3, 4):
             names = [name for name in state if name.startswith(f"layer{i}.")]
-            layers.append(1 + max(int(name.split(".")[1]) for name in names))
+            blocks.append(1 + max(int(name.split(".")[1]) for name in names))
         num_classes = state["layer6.conv2d_list.0.bias"].shape[0]
         width = state["conv1.weight"].shape[0]
     except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} has no trained classifier (layer6): name a trained checkpoint")
-    plausible = 2 <= num_classes <= 255 and 2 <= width <= 1024 and max(layers) <= len(state)
+    plausible = 2 <= num_classes <= 255 and 2 <= width <= 1024 and max(blocks) <= len(state)
     if not plausible:  # before it is built
-        shape = f"{num_classes} classes, width {width}, blocks {layers}"
+        shape = f"{num_classes} classes, width {width}, blocks {blocks}"
         raise UserError(f"{path} is damaged ({shape}): bring the file again")
-    network = DeepLabV2(num_classes, layers, width, aux=head_channels(state, "layer5") > 0)
+    network = DeepLabV2(num_classes, blocks, width, aux=head_channels(state, "layer5") > 0)
     network.report = load_weights(network, content, path)
     network.input_size = (1460, 730) if kind == "BCL release" else (1024, 512)
     known = content.get("input_size")
@@ -704,8 +674,8 @@ def load(path) -> DeepLabV2:
 
 
 def initial_weights(init: str) -> tuple:
-    """What an --init flag names, None for none, torchvision's state dict for imagenet, else the
-    content of a file; and what tells it from other weights: the name, or a file's digest."""
+    """(content, identity) of an --init flag: the content is None for none, torchvision's state dict
+    for imagenet, else a file's; the identity is the flag itself, or the file's digest."""
     if init == "none":
         return None, init
     if init != "imagenet":
@@ -716,8 +686,8 @@ def initial_weights(init: str) -> tuple:
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True), init
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.split("/")[-1]
-        raise UserError(f"cannot fetch ImageNet weights ({error}): bring {place}, or give --init")
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.split("/")[-1]
+        raise UserError(f"cannot fetch ImageNet weights ({error}): bring {cached}, or give --init")
 
 
 # ====================================================================== readers
@@ -790,8 +760,9 @@ def dataset_root(kind: str, data_root, own_root=None) -> Path:
 
 
 def find_layout(kind: str, root: Path, split: str) -> Layout:
-    """The layout that this copy of a dataset has, or the first, for whose folders messages ask."""
-    if kind == "folder":  # has splits if there is any
+    """The first layout whose image folder this copy has; if it has none, the first of all, which
+    messages then name."""
+    if kind == "folder":  # has splits if there is a folder for one
         splits = [name for name in ("train", "val", "test") if (root / "images" / name).is_dir()]
         return LAYOUTS[kind][0 if splits else 1]
     for layout in LAYOUTS[kind]:
@@ -800,13 +771,14 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
     return LAYOUTS[kind][0]
 
 
-CONTROL = "[\0-\x1f\x85\u2028\u2029\ud800-\udfff]"  # line breaks, and what is no UTF-8
+CONTROL = "[\0-\x1f\x85\u2028\u2029\ud800-\udfff]"  # with line breaks, and what is no UTF-8
 
 
 def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool) -> dict:
     """{name: path} of the files below the folders that match the pattern, in order.
 
-    The name is the path below the pattern's part without *, less the suffix.
+    The name is the path below the pattern's part before a *, or with by_file_name the file's own
+    name, without the suffix.
     """
     folders = sorted(path for path in root.glob(pattern) if path.is_dir())
     if not folders:
@@ -831,7 +803,7 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
                 below = name if by_file_name else path.relative_to(base).as_posix()
                 key = below[: -len(suffix)]
                 if re.search(CONTROL, key):  # names become lines of text files
-                    raise UserError(f"{str(path)!a}: line break or no UTF-8 in the name, rename it")
+                    raise UserError(f"{str(path)!a}: control character or no UTF-8, rename it")
                 if key in found:
                     raise UserError(f"{found[key]} and {path} have one name: remove one")
                 found[key] = path
@@ -890,7 +862,7 @@ def check_classes(source_root, target_root, num_classes: int):
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
     """A decoded Pillow image; a UserError names a file that is missing, broken, huge or no image.
 
-    low_bytes: of a 16-bit RGB file, whose channels Pillow cuts to the high byte, the low byte.
+    low_bytes: the low byte of each channel of a 16-bit RGB file; Pillow by itself keeps the high.
     """
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError(f"no image at {path}: check the path; a folder or broken link may be there")
@@ -975,14 +947,6 @@ def resize(image: Image.Image, size: tuple, kind: str) -> Image.Image:
     return image.resize(size, {"image": Image.BICUBIC, "label": Image.NEAREST}[kind])
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Pillow RGB to (3,H,W), Pillow L to (H,W), both uint8."""
-    array = np.array(image)
-    if array.ndim == 3:
-        array = np.ascontiguousarray(array.transpose(2, 0, 1))
-    return torch.from_numpy(array)
-
-
 def spread(length: int, count: int) -> list:
     """At most `count` indices, spread evenly over range(length)."""
     return sorted({round(i * (length - 1) / max(count - 1, 1)) for i in range(count)})
@@ -995,9 +959,12 @@ class Images(Dataset):
     transform(image, None, random generator of (seed, sample position)).
     """
 
+    native_labels = False  # True: labels keep their own size
+
     def __init__(self, images: dict, size=None, transform=None, seed: int = 0):
         self.names = list(images)
         self.paths = list(images.values())
+        self.files = self.paths
         self.size = size
         self.transform = transform
         self.seed = seed
@@ -1015,18 +982,15 @@ class Images(Dataset):
             image = resize(image, self.size, "image")
             if label is not None and not self.native_labels:
                 label = resize(label, self.size, "label")
-        item = {"name": self.names[index], "image": to_tensor(image)}
+        item = {"name": self.names[index], "image": pil_to_tensor(image)}
         if label is not None:
-            item["label"] = to_tensor(label)
+            item["label"] = pil_to_tensor(label)[0]
         return item
 
     def open(self, index: int) -> tuple:
         """(image, label or None) as stored, in Pillow's form."""
         path = self.paths[index]
         return upright_rgb(open_image(path), path), None
-
-    def files(self) -> list:
-        return self.paths
 
     def look(self):
         """Open a few files spread over the set: what is wrong with it shows before training."""
@@ -1047,6 +1011,7 @@ class Labelled(Images):
         images = {name: image for name, (image, _) in pairs.items()}
         super().__init__(images, size, transform, seed)
         self.label_paths = [label for _, label in pairs.values()]
+        self.files = self.paths + self.label_paths
         self.kind = kind
         self.num_classes = num_classes
         self.native_labels = native_labels
@@ -1062,9 +1027,6 @@ class Labelled(Images):
             sizes = f"{label.width}x{label.height}, its image {image.width}x{image.height}"
             raise UserError(f"{path} is {sizes}: this is not its label, repair the pair")
         return image, label
-
-    def files(self) -> list:
-        return self.paths + self.label_paths
 
     def look(self):
         """Also refuses labels of which almost no pixel has a class, and trainIds instead of ids."""
@@ -1150,8 +1112,8 @@ def one_by_one(dataset: Dataset, workers: int, device):
 def read_items(dataset: Dataset, workers: int, device, **options):
     """An iterator of what `workers` processes read.
 
-    They leave when this process does: signals to a job are this process's business, and stay
-    blocked in processes that start while they are blocked here.
+    These start with SIGINT and SIGTERM blocked: a signal to the whole group reaches this process
+    alone, which saves and then ends them.
     """
     options["pin_memory"] = device.type == "cuda"
     if workers:
@@ -1270,7 +1232,7 @@ def predict(network: DeepLabV2, image, size=None) -> Tensor:
         raise ValueError(f"predict takes a Pillow image or a uint8 tensor, not {type(image)}")
     image = upright_rgb(image)
     small = resize(image, size or same_area(image.size, network.input_size), "image")
-    x = to_tensor(small)[None].to(next(network.parameters()).device)
+    x = pil_to_tensor(small)[None].to(next(network.parameters()).device)
     return upsampled_argmax(main_logits([network], x), image.size)[0]
 
 
@@ -1395,9 +1357,7 @@ def set_up(name) -> torch.device:
 
 def has_bfloat16(device) -> bool:
     """Whether this is a GPU that computes in bfloat16, and does not emulate it."""
-    if device.type != "cuda":
-        return False
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compiled(function, wanted: bool):
@@ -1407,7 +1367,8 @@ def compiled(function, wanted: bool):
 
 class StopSignal:
     """SIGTERM and SIGINT set a flag, so that the training loop can save before it leaves. A second
-    one ends at once. Until `close`, which hands on a signal that came too late for the loop."""
+    one, more than 3 seconds later, ends the process at once. `close` puts the old handlers back and
+    raises again a signal that came after the loop's last look."""
 
     def __init__(self):
         self.number = 0
@@ -1444,10 +1405,6 @@ def due(it: int, every: int, iters: int) -> bool:
     return it == iters or (it > 0 and every > 0 and it % every == 0)
 
 
-def is_count(value) -> bool:
-    return isinstance(value, int) and 0 <= value < 10**12
-
-
 def earlier_run(folder, settings: dict):
     """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
     path = Path(folder) / "last.pth"
@@ -1456,7 +1413,7 @@ def earlier_run(folder, settings: dict):
     other = "choose another --out or remove the folder"
     content = read_checkpoint(path)
     found = content.get("settings")
-    ours = content.get("format") == FORMAT and is_count(content.get("iter"))
+    ours = content.get("format") == FORMAT and isinstance(content.get("iter"), int)
     if not ours or not isinstance(found, dict):
         raise UserError(f"{path} is no training checkpoint of this version: {other}")
     for name, value in settings.items():
@@ -1496,45 +1453,34 @@ def save(path, it: int, settings: dict, state: dict, **more):
     if rank() == 0:
         content = {name: part.state_dict() for name, part in state.items()}
         content.update(format=FORMAT, iter=it, settings=settings, **more)
-        try:
-            with atomic_write(path) as file:
-                torch.save(content, file)
-        except RuntimeError as error:  # torch's writer turns a full disk into a RuntimeError
-            reason = " ".join(str(error).split())[:80]
-            raise UserError(f"cannot write {path} ({reason}): free the disk, or change --out")
+        with atomic_write(path) as file:
+            torch.save(content, file)
     wait_for_ranks()
 
 
 def read_log(path) -> list:
-    """The records of a log.jsonl, each a dict with "iter"; other lines, say one that a kill cut,
-    are left out."""
+    """The records of a log.jsonl, each a dict with "iter", scores in percent or None; other lines,
+    say one that a kill cut or a hand edited, are left out."""
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"no log at {path} ({error.strerror}): check the path")
     records = []
     for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
             record = json.loads(line)
-            if isinstance(record, dict) and is_count(record.get("iter")) and has_scores(record):
+            percents = [value for name, value in record.items() if name.startswith("miou")]
+            if record.get("event") == "evaluation":
+                percents += record["iou"].values()
+            fine = all(value is None or 0 <= value <= 100 for value in percents)
+            if fine and 0 <= record["iter"] < 10**12:
                 records.append(record)
     return records
 
 
-def has_scores(record: dict) -> bool:
-    """False for an evaluation whose scores are no percentages or None, as after an edit by hand."""
-    if record.get("event") != "evaluation":
-        return True
-    if not isinstance(record.get("iou"), dict):
-        return False
-    means = [value for name, value in record.items() if name.startswith("miou")]
-    values = [value for value in [*means, *record["iou"].values()] if value is not None]
-    return all(isinstance(value, (int, float)) and 0 <= value <= 100 for value in values)
-
-
 class Log:
-    """log.jsonl of a stage: a JSON line for every start, every record of losses and every
-    evaluation, with a line each on the terminal. Scores live here and nowhere else."""
+    """log.jsonl of a stage: a JSON line for every start, record of losses, evaluation and, in BCL,
+    round of labels, with a line each on the terminal. Scores live here and nowhere else."""
 
     def __init__(self, folder, stage: str, about: str, start: int, iters: int, settings: dict):
         """Keeps an earlier log's records up to iteration `start`."""
@@ -1586,9 +1532,9 @@ class Log:
         bad = (~values.isfinite()).nonzero().tolist()
         if bad:
             i, t = bad[0]
-            number = it - len(values) + 1 + i
+            iteration = it - len(values) + 1 + i
             images = ", ".join(self.pending[i][0])
-            what = f"{terms[t]} is {values[i, t]:g} at iteration {number} (images {images})"
+            what = f"{terms[t]} is {values[i, t]:g} at iteration {iteration} (images {images})"
             raise UserError(f"{what}: lower --lr, or look at these images; nothing is saved")
         last = over_ranks(values[-1].clone()) / world()
         losses = dict(zip(terms, last.tolist()))
@@ -1659,17 +1605,17 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
     cells = []
     for picture in (picture for row in rows for picture in row):
         if picture.ndim == 3:
-            cell = np.asarray(resize(Image.fromarray(picture), size, "image"))
+            cell = resize(Image.fromarray(picture), size, "image")
         else:
-            label = np.asarray(resize(Image.fromarray(picture), size, "label"))
-            cell = palette(num_classes)[label]
-        cells.append(to_tensor(cell))
+            label = resize(Image.fromarray(picture), size, "label")
+            cell = Image.fromarray(palette(num_classes)[np.asarray(label)])
+        cells.append(pil_to_tensor(cell))
     grid = torchvision.utils.make_grid(torch.stack(cells), len(titles), pad_value=255)  # (3, H, W)
     sheet = F.pad(grid, (0, 0, 20, 0), value=255)  # room for the titles
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     for column, title in enumerate(titles):
-        place = (column * (size[0] + 2) + 4, 4)
-        ImageDraw.Draw(picture).text(place, title, "black", ImageFont.load_default(13))
+        corner = (column * (size[0] + 2) + 4, 4)
+        ImageDraw.Draw(picture).text(corner, title, "black", ImageFont.load_default(13))
     write_png(path, np.asarray(picture))
 
 
@@ -1690,7 +1636,7 @@ def write_panel(path, networks: dict, dataset: Images, indices, device, entropy)
         if label is not None:
             row.append(np.asarray(label))
             titles.append("ground truth")
-        x = to_tensor(resize(image, dataset.size, "image"))[None].to(device)
+        x = pil_to_tensor(resize(image, dataset.size, "image"))[None].to(device)
         for network in networks.values():
             logits = main_logits([network], x)
             row.append(upsampled_argmax(logits, image.size)[0].cpu().numpy())
@@ -1705,7 +1651,7 @@ def report(out, runs: dict, validation: Labelled, device, entropy):
     networks = {}
     for title, folder in runs.items():
         records = read_log(Path(folder) / "log.jsonl")
-        columns[title] = [r for r in records if r.get("event") == "evaluation" and "iou" in r][-1]
+        columns[title] = [r for r in records if r.get("event") == "evaluation"][-1]
         networks[title] = load(Path(folder) / "last.pth").to(device)
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(score_table(columns))
@@ -1723,7 +1669,7 @@ def easy_and_hard(network: DeepLabV2, dataset: Images, device, entropy) -> list:
     means = {}
     for index in spread(len(dataset), 24):
         image = resize(dataset.open(index)[0], dataset.size, "image")
-        logits = main_logits([network], to_tensor(image)[None].to(device))
+        logits = main_logits([network], pil_to_tensor(image)[None].to(device))
         means[index] = entropy(logits).mean().item()
     order = sorted(means, key=means.get)
     return list(dict.fromkeys(order[:2] + order[-2:]))

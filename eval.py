@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
+from torchvision.transforms.functional import pil_to_tensor
 
 import common
 from common import UserError, place
@@ -73,7 +74,8 @@ def parse() -> argparse.Namespace:
 
     g = parser.add_argument_group("network")
     g.add_argument("--ckpt", type=place, nargs="+", help="averaged (newest last.pth below runs/)")
-    g.add_argument("--branches", type=int, choices=(2, 4), default=4, help="2: AdaptSegNet")
+    text = "convolutions of a head, 2 for AdaptSegNet's files (%(default)s)"
+    g.add_argument("--branches", type=int, choices=(2, 4), default=4, help=text)
     g.add_argument("--input-size", type=common.size, help="WxH (what the checkpoint says)")
     g.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
 
@@ -301,7 +303,7 @@ def score_images(args):
     networks, paths, input_size, device = load_networks(args)
     C = networks[0].num_classes
     dataset = open_labelled(args, args.target, args.target_root, args.split, C, input_size)
-    plan = plan_outputs(args, dataset.names, KINDS[:2], [*paths, *dataset.files()])
+    plan = plan_outputs(args, dataset.names, KINDS[:2], [*paths, *dataset.files])
     write = functools.partial(write_pictures, plan)
     result = common.evaluate(networks, dataset, device, args.workers, write)
     if networks[0].widened:  # three classes are never predicted
@@ -365,7 +367,7 @@ class Photos(common.Images):
         size = self.size
         if self.keep_aspect:
             size = common.same_area(photo.size, size)
-        image = common.to_tensor(common.resize(photo, size, "image"))
+        image = pil_to_tensor(common.resize(photo, size, "image"))
         pixels = torch.from_numpy(np.array(photo))
         return {"name": self.names[index], "photo": pixels, "image": image}
 
@@ -598,7 +600,7 @@ def write_features(args):
     target = open_labelled(args, args.target, args.target_root, args.split, C, size)
     if source.classes != target.classes:
         raise UserError("--source and --target have other classes: align their classes.txt")
-    refuse_outputs([args.features, picture], [*paths, *source.files(), *target.files()])
+    refuse_outputs([args.features, picture], [*paths, *source.files, *target.files])
 
     network = common.inference_copy(networks[0])
     parts = [

@@ -584,9 +584,9 @@ def main():
         source.look()
         if args.source == args.target == "folder":
             common.check_classes(source_root, target_root, args.num_classes)
-        files = source.files()
+        files = source.files
         if aligned:
-            files = files + target.files()
+            files = files + target.files
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.earlier_run(args.out / "stage1", settings_1)
         unfinished = found is None or found["iter"] < args.stop_iters

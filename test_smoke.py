@@ -809,7 +809,7 @@ def test_predict():
     expected = plain_logits(net, "image.png", (136, 34), (160, 40)).argmax(0)
     assert label.shape == (40, 160) and label.dtype == torch.uint8
     assert (label != expected).double().mean() < 0.001  # rounding, at ties
-    tensor = common.to_tensor(image)
+    tensor = common.pil_to_tensor(image)
     assert torch.equal(common.predict(net, image.convert("RGBA")), label)
     batch = common.predict(net, torch.stack([255 - tensor, tensor]))
     assert batch.shape == (2, 40, 160) and torch.equal(batch[1], label)
