@@ -5,13 +5,13 @@ in both directions. Target labels are hybrid: static pseudo labels, refreshed ev
 with dynamic ones, which come from source prototypes that the class-wise domain bias calibrates.
 
     python bcl.py --tau 0.8 --momentum 0.999             demo: built-in scenes, small network, CPU
-    python bcl.py --data-root DIR --out runs/gta5        GTA5 -> Cityscapes, ResNet-101
-    python bcl.py --data-root DIR --out runs/x --init FILE --warmup-iters 0    source-only weights
-    torchrun --nproc_per_node=2 bcl.py --data-root DIR --out runs/two          batch 4 + 4
-    python bcl.py --data-root DIR --init runs/gta5/warmup/last.pth --warmup-iters 0 --tau 0.7 \
-        --out runs/tau07                                 a sweep, without a second warm-up
-    python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0 --out runs/control
-        the control: target images pass through BatchNorm, and no loss looks at them
+    python bcl.py --data-root DIR --out runs/bcl_gta5    GTA5 -> Cityscapes, ResNet-101
+    python bcl.py --data-root DIR --out runs/bcl_x --init FILE --warmup-iters 0       own start
+    torchrun --nproc_per_node=2 bcl.py --data-root DIR --out runs/bcl_two             batch 4 + 4
+    python bcl.py --data-root DIR --init runs/bcl_gta5/warmup/last.pth --warmup-iters 0 --tau 0.7 \
+        --out runs/bcl_tau07                             a sweep, without a second warm-up
+    python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0 \
+        --out runs/bcl_control     the control: target images through BatchNorm, in no loss
 
 The same command again goes on where the run stopped.
 
@@ -23,8 +23,8 @@ D2  Each parameter is in the optimizer once, with the factor by which R's list r
 D3  All weights are shared, as in P. R has a stem and a layer1 of its own for the target.
 D4  Prototypes of a class are averaged over the images of a batch that hold it before the EMA moves;
     the losses use each pair's own prototypes. Batch size is free. R: 2, fixed.
-D5  Losses are taken on the stride-8 map, over classes that both sides have. R's backward loss runs
-    over all source pixels, with -1 as the similarity of a missing class (cosine of the two
+D5  FCL and BCL are taken on the stride-8 map, over classes that both sides have. R's backward loss
+    runs over all source pixels, with -1 as the similarity of a missing class (cosine of the two
     gradients 0.53), and at full size.
 D6  Entropy is normalised to 0..1. R applies softmax twice: 2.03 to 2.94.
 D7  Poly decay over 1.2 x the round, and half the rate in each next round, as R.
@@ -192,7 +192,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="slow start, faster iterations")
+    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -825,7 +825,7 @@ def main():
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
         args.data_root = demo_scenes(args.source)
 
-    if any(args.out.glob("stage?/last.pth")):
+    if any(args.out.glob("stage?/last.pth")) or any(args.out.glob("stage2/ranking.csv")):
         raise UserError(f"--out {args.out} holds a run of intrada.py: choose another --out")
 
     # What the run needs is looked at before anything is trained.

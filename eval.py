@@ -499,7 +499,7 @@ def compare_runs(args):
     axes = figure.subplots()
     for i, row in enumerate(rows):
         axes.plot(row["last"], [i] * len(row["last"]), "o", color="tab:blue")
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_yticks(range(len(rows)), [row["label"][:60] for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="x")
     axes.set_xlabel("mIoU of the last checkpoint in percent, a dot for each seed")

@@ -157,7 +157,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="slow start, faster iterations")
+    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -435,7 +435,8 @@ def rank_target(args, checkpoint: Path, images: dict, device):
     network = common.load(checkpoint)
     C = network.num_classes
     if C != args.num_classes:
-        raise UserError(f"{checkpoint} predicts {C} classes: give --num-classes {C}")
+        wanted = f"--num-classes {args.num_classes}"
+        raise UserError(f"{checkpoint} predicts {C} classes, not {wanted}: name another file")
     what = f"{len(images)} target images with {checkpoint}, {network.report}"
     print(f"stage 2: ranking {what}", flush=True)
     G = common.inference_copy(network.to(device))
