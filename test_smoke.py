@@ -1686,7 +1686,7 @@ def test_compare():
     for seed, values in enumerate(((30, 20), (10, 24), (10, 31))):
         write_log(f"runs/a{seed}/log.jsonl", "bcl", seed, values, labels="hybrid", tau="0.8")
     write_log("runs/b0/log.jsonl", "bcl", 0, (10, 12), labels="static", tau="0.8")
-    write_log("runs/b1/log.jsonl", "bcl", 0, (10, 13), labels="hybrid", tau="0.5")
+    write_log("runs/b1/log.jsonl", "bcl", 0, (10, 13), labels="hybrid", tau=r"$\frac{$")
     write_log("runs/c/stage1/log.jsonl", "stage1", 0, (8, 9), init="0123456789abcdef")
     write_log("runs/d/stage1/log.jsonl", "stage1", 1, (8, 10), init="fedcba9876543210")
     write_log("runs/e/log.jsonl", "stage3", 0, (8, 9), iters=30)
@@ -1698,7 +1698,7 @@ def test_compare():
     assert "runs/e/log.jsonl stopped at iteration 20 of 30" in out
     assert "runs/h/log.jsonl was not evaluated" in out and "left out: runs/a0" in out
     rows = json.loads(Path("out/compare.json").read_text())
-    labels = ["stage1", "bcl", "bcl labels=static", "bcl tau=0.5", "stage1"]
+    labels = ["stage1", "bcl", "bcl labels=static", r"bcl tau=$\frac{$", "stage1"]
     assert [row["label"] for row in rows] == labels and rows[0]["classes"] == ["cat", "dog"]
     assert dict(zip(rows[1]["seed"], rows[1]["last"])) == {"0": 20, "1": 24, "2": 31}
     assert sorted(rows[1]["best"]) == [20, 24, 31]
