@@ -159,7 +159,7 @@ def parse() -> tuple:
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
 
     g = parser.add_argument_group("method")
-    g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ (ours); paper .5 to .9")
+    g.add_argument("--tau", type=number(float, -1, 1), default=0.8, help="τ (ours); paper .5-.9")
     g.add_argument("--momentum", type=share, default=0.999, help="λ of μ (ours); paper .99-.9999")
     g.add_argument("--temperature", type=number(float, 1e-3, 1e6), default=0.1, help="T_c (paper)")
     g.add_argument("--lambda-ce", type=real, default=1.0, help="of both cross-entropies (paper)")
@@ -257,11 +257,11 @@ def similarities(features: Tensor, prototypes: Prototypes) -> Tensor:
 def contrastive_loss(
     features: Tensor, labels: Tensor, prototypes: Prototypes, temperature: float
 ) -> Tensor:
-    """L = -(1/|Ω|) Σ_{p∈Ω} log [ exp(s(f(p),p(y(p)))/T) / Σ_{c present} exp(s(f(p),p(c))/T) ].
+    """L = -(1/|Ω|) Σ_{p∈Ω} log[ exp(s(f(p),p(y(p)))/T) / Σ_{c present} exp(s(f(p),p(c))/T) ].
 
     features (D,h,w) and labels (h,w) of one domain, prototypes of the other: target pixels and
-    source prototypes make FCL, source pixels and target prototypes BCL. Ω: positions whose label is
-    a present class; where there is none the loss is 0 with zero gradient.
+    source prototypes make FCL, source pixels and target prototypes BCL. Ω: positions whose label
+    is a present class; where there is none the loss is 0 with zero gradient.
     """
     present = prototypes.present
     logits = similarities(features, prototypes) / temperature  # (C, hw)
@@ -304,7 +304,7 @@ def batch_mean(images: list) -> Prototypes:
 
 
 def calibrate(source: Prototypes, ema_source: PrototypeEMA, ema_target: PrototypeEMA) -> Prototypes:
-    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c), which is
+    """p_{S→T}(c) = p_S(c) + ξ(c), with the class-wise domain bias ξ(c) = μ_T(c) - μ_S(c),
     0 while either side is unseen."""
     known = ema_source.seen & ema_target.seen & source.present
     calibrated = source.vectors + ema_target.mean - ema_source.mean
@@ -753,7 +753,8 @@ def train(
             p_t = [class_prototypes(f_t[b], y_t[b], C) for b in batch]
             ema_target.update(batch_mean(p_t))
 
-            # L = λ_ce (CE_S + w CE_T) + λ_ent (H_S + w H_T) + λ_FCL L_FCL + λ_BCL L_BCL; P: w = 1
+            # L = λ_ce (CE_S + w CE_T) + λ_ent (H_S + w H_T) + λ_FCL L_FCL + λ_BCL L_BCL
+            # with w = 1 in P
             loss_ce_t = cross_entropy(logits_t, y_t_full)
             loss_ent_s = mean_entropy(logits_s)
             loss_ent_t = mean_entropy(logits_t)

@@ -173,10 +173,20 @@ def lock(out):
             raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
             owner = re.fullmatch(r"\.\d+\.(\d+)\.tmp", leftover.name)
-            if owner and leftover.is_file() and not os.path.exists(f"/proc/{owner[1]}"):
+            if owner and leftover.is_file() and not process_lives(int(owner[1])):
                 leftover.unlink()
     wait_for_ranks()
     return file
+
+
+def process_lives(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def digest(chunks) -> str:

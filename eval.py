@@ -439,7 +439,7 @@ def group_runs(paths: list) -> list:
         except UserError as error:
             print(f"left out: {path} {error}")
             continue
-        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+        except (AttributeError, LookupError, TypeError, ValueError):
             print(f"left out: {path} is no log of a training run")
             continue
         empty = {name: [] for name in own}

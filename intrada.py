@@ -133,7 +133,7 @@ def parse() -> tuple:
     g.add_argument("--lambda-seg-main", type=real, default=1.0, help="of CE, main head (paper)")
     g.add_argument("--lambda-seg-aux", type=real, default=0.1, help="of CE, aux head (released)")
     g.add_argument("--lambda-adv-main", type=real, default=0.001, help="λ_adv, main head (paper)")
-    g.add_argument("--lambda-adv-aux", type=real, default=0.0002, help="λ_adv, aux head (released)")
+    g.add_argument("--lambda-adv-aux", type=real, default=0.0002, help="λ_adv, aux (released)")
 
     g = parser.add_argument_group("ranking")
     g.add_argument("--ratio", type=number(float, 0, 1), default=0.67, help="λ, easy share (paper)")
@@ -521,7 +521,7 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
 
 
 def split(rows: list, ratio: float, normalized: bool) -> tuple:
-    """(easy, hard) names: the floor(λN) of least entropy, and the rest. Ties are broken by name."""
+    """(easy, hard) names: the floor(λN) of least entropy, the rest. Ties are broken by name."""
     key = "normalized_entropy" if normalized else "entropy"
     names = [row["name"] for row in sorted(rows, key=lambda row: (row[key], row["name"]))]
     count = easy_count(ratio, len(names))
