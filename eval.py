@@ -87,8 +87,8 @@ def parse() -> argparse.Namespace:
     g.add_argument("--subset", type=place, help="text file: an image name a line, the others go")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="(%(default)s)")
     g.add_argument("--source-root", type=place, help="source folder, if not below --data-root")
-    count = common.number(int, 0, 256)
-    g.add_argument("--workers", type=count, default=2, help="reading processes (%(default)s)")
+    workers = common.number(int, 0, 256)
+    g.add_argument("--workers", type=workers, default=2, help="reading processes (%(default)s)")
 
     g = parser.add_argument_group("output")
     g.add_argument("--save-dir", type=place, help="folder of pictures or of the comparison")
@@ -169,7 +169,7 @@ def library(module: str):
 
 
 def load_networks(args) -> tuple:
-    """(networks on the device, their files, input size (W,H), device); says what was loaded."""
+    """(networks on the device, their files, the device); says what was loaded."""
     device = common.set_up(args.device)
     paths = args.ckpt or sorted(Path("runs").rglob("last.pth"), key=os.path.getmtime)[-1:]
     if not paths:
@@ -188,19 +188,19 @@ def load_networks(args) -> tuple:
         if network.widened:
             # 19 outputs, of which three never win (nor count in the entropy, apart from log 19)
             network.num_classes = 19
-            places = torch.tensor(common.SUBSET_16)
+            order = torch.tensor(common.SUBSET_16 + common.ABSENT["synthia"]).argsort()
             for conv in network.layer6.conv2d_list:
-                weight = torch.zeros(19, *conv.weight.shape[1:])
-                conv.weight.data = weight.index_copy(0, places, conv.weight.data)
-                bias = torch.full((19,), -1e30)
-                conv.bias.data = bias.index_copy(0, places, conv.bias.data)
+                conv.weight.data = F.pad(conv.weight.data, (0, 0, 0, 0, 0, 0, 0, 3))[order]
+                conv.bias.data = F.pad(conv.bias.data, (0, 3), value=-1e30)[order]
         network.to(device)
-    return networks, paths, args.input_size or networks[0].input_size, device
+    return networks, paths, device
 
 
-def find(list_files, args, kind: str, own_root, split: str, num_classes: int) -> tuple:
-    """(what list_files says of a dataset's images, or of those that --subset names; its root). The
-    built-in scenes if no folder is named. Refuses a dataset of other classes than the network's."""
+def find(list_files, args, domain: str, num_classes: int) -> tuple:
+    """(what list_files says of the images of the "source" or "target", or of those that --subset
+    names; their root). The built-in scenes if no folder is named. Refuses a dataset of other
+    classes than the network's."""
+    kind = getattr(args, domain)
     if kind != "folder" and num_classes != 19:
         roots = "give --target folder --target-root DIR (and --source, for --features)"
         raise UserError(f"the network predicts {num_classes} classes, {kind} has 19: {roots}")
@@ -209,7 +209,8 @@ def find(list_files, args, kind: str, own_root, split: str, num_classes: int) ->
         from demo.scenes import demo_scenes
 
         data_root = demo_scenes(args.source)
-    root = common.dataset_root(kind, data_root, own_root)
+    root = common.dataset_root(kind, data_root, getattr(args, f"{domain}_root"))
+    split = args.split if domain == "target" else "train"
     files = list_files(kind, root, split)
     if args.subset:
         wanted = {line.strip() for line in common.read_lines(args.subset)}
@@ -221,10 +222,11 @@ def find(list_files, args, kind: str, own_root, split: str, num_classes: int) ->
     return files, root
 
 
-def open_labelled(args, kind: str, own_root, split: str, num_classes: int, size: tuple):
-    """The labelled images of a dataset, labels at native size, after a look at a few of them."""
-    pairs, root = find(common.list_pairs, args, kind, own_root, split, num_classes)
-    return common.to_evaluate(pairs, kind, root, num_classes, size)
+def open_labelled(args, domain: str, network: common.DeepLabV2) -> common.Labelled:
+    """The labelled images of a domain at the network's input size, after a look at a few."""
+    pairs, root = find(common.list_pairs, args, domain, network.num_classes)
+    size = args.input_size or network.input_size
+    return common.to_evaluate(pairs, getattr(args, domain), root, network.num_classes, size)
 
 
 # ====================================================================== labelled images
@@ -253,7 +255,7 @@ def plan_outputs(args, names, kinds: tuple, inputs: list) -> dict:
 
 def write_pictures(plan: dict, name: str, logits: Tensor, prediction: Tensor, photo=None):
     """What is planned of: trainids with a palette, entropy (black 0, white 1), overlay on the
-    photo, Cityscapes' ids. From logits (1,C,h,w), prediction (H,W) and photo (H,W,3) uint8."""
+    photo, Cityscapes' ids. From logits (1,C,h,w), prediction (H,W) and a Pillow image."""
     paths = plan[name]
     num_classes = logits.shape[1]
     trainids = prediction.cpu().numpy()
@@ -262,7 +264,7 @@ def write_pictures(plan: dict, name: str, logits: Tensor, prediction: Tensor, ph
         entropy = pixel_entropy(logits, trainids.shape[::-1])[0]
         common.write_png(paths["entropy"], common.grey(entropy))
     if "overlay" in paths:
-        overlay = (photo.astype(np.uint16) + common.palette(num_classes)[trainids]) // 2
+        overlay = (np.asarray(photo, np.uint16) + common.palette(num_classes)[trainids]) // 2
         common.write_png(paths["overlay"], overlay.astype(np.uint8))
     if "ids" in paths:
         ids = np.array(common.CITYSCAPES_IDS, dtype=np.uint8)[trainids]
@@ -287,22 +289,10 @@ def pixel_entropy(logits: Tensor, size: tuple = None) -> Tensor:
     return (total.log() - weighted / total).clamp(0, math.log(num_classes)) / math.log(num_classes)
 
 
-def column_titles(paths: list) -> list:
-    """The part of each path in which they differ: stage1 and stage3 of runs/a/stage*/last.pth."""
-    parts = [path.parts for path in paths]
-    start = len(os.path.commonprefix(parts))
-    tail = len(os.path.commonprefix([part[::-1] for part in parts]))
-    titles = ["/".join(part[start : len(part) - tail]) or part[-1] for part in parts]
-    if len(set(titles)) < len(titles):
-        return [str(path) for path in paths]
-    return titles
-
-
 def score_images(args):
     """Score checkpoints on labelled images."""
-    networks, paths, input_size, device = load_networks(args)
-    C = networks[0].num_classes
-    dataset = open_labelled(args, args.target, args.target_root, args.split, C, input_size)
+    networks, paths, device = load_networks(args)
+    dataset = open_labelled(args, "target", networks[0])
     plan = plan_outputs(args, dataset.names, KINDS[:2], [*paths, *dataset.files])
     write = functools.partial(write_pictures, plan)
     result = common.evaluate(networks, dataset, device, args.workers, write)
@@ -310,17 +300,20 @@ def score_images(args):
         del result["miou19"]
         for c in common.ABSENT["synthia"]:
             result["iou"][common.CLASSES[c]] = None
-    width, height = input_size
+    width, height = dataset.size
     print(f"\nIoU in percent, {args.target} {args.split}, input {width}x{height}:")
     print(common.score_table({"IoU": result}))
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
     if args.panel:
-        columns = dict(zip(column_titles(paths), networks))
+        # A title is what follows the folders that all checkpoints share.
+        shared = len(os.path.commonprefix([path.parent.parts for path in paths]))
+        titles = ["/".join(path.parts[shared:]) for path in paths]
+        columns = dict(zip(titles, networks))
         rows = common.spread(len(dataset), PANEL_ROWS)
         common.write_panel(args.panel, columns, dataset, rows, device, pixel_entropy)
     if args.json:
         result["confusion"] = result["confusion"].tolist()
-        about = {"ckpt": [str(path) for path in paths], "input_size": input_size}
+        about = {"ckpt": [str(path) for path in paths], "input_size": dataset.size}
         common.write_text(args.json, json.dumps({**about, **result}, indent=1) + "\n")
 
 
@@ -349,54 +342,45 @@ def find_images(patterns: list) -> dict:
 
 
 class Photos(common.Images):
-    """{"name", "photo": (H,W,3) uint8, "image": (3,h,w) uint8, the network's input}, or {"error"}
-    of a file that cannot be read. Takes what cameras and tools write."""
+    """RGB images in Pillow's form, of what cameras and tools write, or a file's error as text."""
 
-    keep_aspect = False  # True: the input has the photo's own aspect, and the area of `size`
-
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int):
         path = self.paths[index]
         try:
             photo = common.open_image(path, FORMATS)
             if photo.mode.startswith("I"):  # 16-bit grey, which convert would cut off at 255
                 grey = np.asarray(common.upright(photo)) // 256
                 photo = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            photo = common.upright_rgb(photo, path)
+            return common.upright_rgb(photo, path)
         except UserError as error:
-            return {"error": str(error)}
-        size = self.size
-        if self.keep_aspect:
-            size = common.same_area(photo.size, size)
-        image = pil_to_tensor(common.resize(photo, size, "image"))
-        pixels = torch.from_numpy(np.array(photo))
-        return {"name": self.names[index], "photo": pixels, "image": image}
+            return str(error)
 
 
 def segment_images(args):
     """Predict --images, or with --label-ids those of --split test, whose labels are never read. A
     file that cannot be read is named and left out: exit status 2."""
-    networks, paths, input_size, device = load_networks(args)
+    networks, paths, device = load_networks(args)
     if args.images:
         images = find_images(args.images)
     else:
-        C = networks[0].num_classes
-        images, _ = find(common.list_images, args, args.target, args.target_root, args.split, C)
+        images, _ = find(common.list_images, args, "target", networks[0].num_classes)
     plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
+    size = args.input_size or networks[0].input_size
     networks = [common.inference_copy(network) for network in networks]
     torch.backends.cudnn.benchmark = False  # which would look at every new size of photo
-    photos = Photos(images, input_size)
-    photos.keep_aspect = bool(args.images) and args.input_size is None
     errors = []
-    for item in common.one_by_one(photos, args.workers, device):
-        if "error" in item:
-            errors.append(item["error"])
-            print(f"left out: {item['error']}")
+    for name, photo in zip(images, common.one_by_one(Photos(images), args.workers, device)):
+        if isinstance(photo, str):
+            errors.append(photo)
+            print(f"left out: {photo}")
             continue
-        height, width = item["photo"].shape[:2]
+        if args.images and args.input_size is None:  # the photo's own aspect
+            size = common.same_area(photo.size, networks[0].input_size)
+        x = pil_to_tensor(common.resize(photo, size, "image"))[None].to(device)
         with torch.inference_mode(), common.full_precision():
-            logits = common.main_logits(networks, item["image"][None].to(device))
-            prediction = common.upsampled_argmax(logits, (width, height))[0]
-        write_pictures(plan, item["name"], logits, prediction, item["photo"].numpy())
+            logits = common.main_logits(networks, x)
+            prediction = common.upsampled_argmax(logits, photo.size)[0]
+        write_pictures(plan, name, logits, prediction, photo)
     print(f"{len(images) - len(errors)} images, in {args.save_dir or args.label_ids}")
     if errors:
         raise UserError(f"{len(errors)} of {len(images)} images could not be read: {errors[0]}")
@@ -405,10 +389,9 @@ def segment_images(args):
 # ====================================================================== comparison and curves
 
 
-def read_run(path: Path) -> tuple:
-    """What a run that was evaluated at its end shares with its row, {"stage", "settings",
-    "classes"}, and what is its own, {"seed", "last", "best", "iou"}. A UserError says that it was
-    not; another error, that the file is no log of ours."""
+def add_run(rows: dict, path: Path):
+    """Add a run to the row of those that differ from it by seed alone. A UserError says why it is
+    left out; another error, that the file is no log of ours."""
     records = common.read_log(path)
     start = [record for record in records if record.get("event") == "start"][-1]
     evaluations = [record for record in records if record.get("event") == "evaluation"]
@@ -425,30 +408,28 @@ def read_run(path: Path) -> tuple:
     if len(str(settings.get("init"))) == 16:  # a digest, too
         settings["init"] = "file"
     shared = {"stage": start["stage"], "settings": settings, "classes": list(iou)}
-    own = {"seed": seed, "last": means[-1], "best": max(means), "iou": list(iou.values())}
-    return shared, own
+    empty = {"seed": [], "last": [], "best": [], "iou": []}
+    row = rows.setdefault(json.dumps(shared, sort_keys=True), {**shared, **empty})
+    if seed in row["seed"]:
+        raise UserError("has the settings and seed of a newer run")
+    row["seed"].append(seed)
+    row["last"].append(means[-1])
+    row["best"].append(max(means))
+    row["iou"].append(list(iou.values()))
 
 
 def group_runs(paths: list) -> list:
-    """A row for the runs that differ by seed alone: what they share, what is their own as lists,
-    and "label": the stage, and settings that no more than half of that stage's rows have."""
+    """A row for the runs that differ by seed alone: what they share ("stage", "settings",
+    "classes"), lists of what is their own ("seed", "last", "best", "iou"), and "label": the stage,
+    and settings that no more than half of that stage's rows have."""
     rows = {}
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         try:
-            shared, own = read_run(path)
+            add_run(rows, path)
         except UserError as error:
             print(f"left out: {path} {error}")
-            continue
         except (AttributeError, LookupError, TypeError, ValueError):
             print(f"left out: {path} is no log of a training run")
-            continue
-        empty = {name: [] for name in own}
-        row = rows.setdefault(json.dumps(shared, sort_keys=True), {**shared, **empty})
-        if own["seed"] in row["seed"]:
-            print(f"left out: {path}, a newer run has its settings and seed")
-            continue
-        for name, value in own.items():
-            row[name].append(value)
     if not rows:
         raise UserError("--compare: none of these runs ended with an evaluation, train on first")
     for row in rows.values():
@@ -594,10 +575,9 @@ def write_features(args):
     if args.tsne:
         figure = library("matplotlib.figure").Figure((11, 8), layout="constrained")
         TSNE = library("sklearn.manifold").TSNE
-    networks, paths, size, device = load_networks(args)
-    C = networks[0].num_classes
-    source = open_labelled(args, args.source, args.source_root, "train", C, size)
-    target = open_labelled(args, args.target, args.target_root, args.split, C, size)
+    networks, paths, device = load_networks(args)
+    source = open_labelled(args, "source", networks[0])
+    target = open_labelled(args, "target", networks[0])
     if source.classes != target.classes:
         raise UserError("--source and --target have other classes: align their classes.txt")
     refuse_outputs([args.features, picture], [*paths, *source.files, *target.files])
@@ -620,7 +600,7 @@ def write_features(args):
     xy = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit)
     axes = figure.subplots()
     for c in np.unique(label):
-        colour = common.palette(C)[c] / 255
+        colour = common.palette(len(source.classes))[c] / 255
         axes.scatter([], [], color=colour, label=source.classes[c])  # the legend's entry
         for side, marker in enumerate("oX"):
             own = (label == c) & (domain == side)
