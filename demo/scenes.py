@@ -21,7 +21,6 @@ Contents   1 constants   2 shapes   3 sprites   4 brush   5 street and objects  
 import argparse
 import colorsys
 import os
-import shutil
 import struct
 import sys
 import tempfile
@@ -50,16 +49,14 @@ VARIETY = dict(
     tint=0.06,     # of the colour of the light
 )
 
-# What makes the target look different from the source.
+# What makes the target look different from the source, besides the hues of PAINT, which BatchNorm
+# can't undo.
+DOMAINS = ("source", "target")
 GAP = dict(
-    palette=1.0,              # 0: source's column of PAINT, 1: target's; BatchNorm can't undo it
-    desaturate=0.0,           # share of grey
-    contrast=1.0,             # gain about mid-grey
-    cast=(1.0, 1.0, 1.0),     # gain of R, G, B
-    texture=0.7,              # strength relative to the source
-    blur=0.0015,
-    noise=0.02,
-    source_noise=0.006,
+    texture=(1.0, 0.7),   # of the source, of the target
+    noise=(0.006, 0.02),
+    contrast=1.0,         # gain about mid-grey, of the target
+    blur=0.0015,          # of the target
 )
 
 # What makes a target image hard.
@@ -67,7 +64,6 @@ HARD = dict(
     share=0.4,                        # of the target images
     kinds=("fog", "night", "rain"),   # each hard image is of one kind
     fog=0.15,
-    night=1.0,                        # light that is left
     rain=0.3, streaks=90, reflection=0.4,
     # The rest is in every hard image. It is local or directional, so that BatchNorm can't undo it.
     # Plurals are counts, the others strengths.
@@ -76,7 +72,6 @@ HARD = dict(
     glare=0.6, glares=2,
     dirt=0.7, dirts=8,
     drop=0.8, drops=14,
-    noise=0.0,                        # added to that of GAP
 )
 
 # surface: (source RGB, target RGB)
@@ -284,25 +279,20 @@ OBJECTS = dict(
 
 
 class Brush:
-    """Draws the same polygons into image (RGB), label (trainIds) and remoteness (0 near, 255 far).
+    """Draws the same polygons into image (RGB), label (trainIds) and remoteness (0 near, 255 far),
+    in the colours of a domain."""
 
-    palette: 0 paints in the source's colours, 1 in the target's, between them a mixture.
-    """
-
-    def __init__(self, rng, size, palette):
+    def __init__(self, rng, size, domain):
         self.size = np.array(size)
         self.lamps = []  # places of all lamps, in fractions of the image: at night they glow
         self.image = Image.new("RGB", size)
         self.label = Image.new("L", size)
         self.remoteness = Image.new("L", size)
         self.pens = [ImageDraw.Draw(layer) for layer in (self.image, self.label, self.remoteness)]
-        both = np.array(list(PAINT.values()), float)  # (surfaces, 2, 3)
-        source = both[:, 0]
-        target = both[:, 1]
-        variety = np.exp(VARIETY["surface"] * rng.standard_normal(source.shape))
-        colours = (source + palette * (target - source)) * variety
-        colours = np.clip(colours, 0, 255).astype(int)
-        self.paint = dict(zip(PAINT, map(tuple, colours.tolist())))
+        plain = np.array([pair[DOMAINS.index(domain)] for pair in PAINT.values()])  # (surfaces, 3)
+        colours = plain * np.exp(VARIETY["surface"] * rng.standard_normal(plain.shape))
+        rounded = np.clip(colours, 0, 255).astype(int).tolist()
+        self.paint = dict(zip(PAINT, map(tuple, rounded)))
 
     def draw(self, sprite, corners, remoteness=1.0, **paint):
         """Draw the parts of a sprite; paint: colours of this sprite alone, by name.
@@ -440,14 +430,12 @@ def draw_objects(rng, brush, horizon):
             x = 0.5 + np.sign(x - 0.5) * (0.16 + 0.64 * abs(x - 0.5))  # beside the road
         elif kind != "person":
             x = 0.15 + 0.7 * x  # large, so away from the image border
-        left = x - width / 2
-        right = x + width / 2
-        if rng.choice((-1, 1)) == -1:  # facing the other way
-            left, right = right, left
+        half = rng.choice((-1, 1)) * width / 2  # below 0: it faces the other way
+        corners = rect(x - half, y - width * aspect, x + half, y)
         sprite = sprites[rng.integers(len(sprites))]
         body = random_paint(rng)
         trim = random_paint(rng)
-        brush.draw(sprite, rect(left, y - width * aspect, right, y), 1 - near, body=body, trim=trim)
+        brush.draw(sprite, corners, 1 - near, body=body, trim=trim)
 
 
 # ---------------------------------------------------------------- 6 weather
@@ -508,7 +496,7 @@ def render_hard(image, label, remoteness, lamps, horizon, rng):
     elif kind == "night":
         ahead = [(0.42, horizon + 0.08), (0.58, horizon + 0.08), (0.95, 1), (0.05, 1)]
         beam = mask(size, [ahead], 0.03)
-        image = image * (HARD["night"] * np.float32((0.9, 0.95, 1.15)) + 0.5 * beam)
+        image = image * (np.float32((0.9, 0.95, 1.15)) + 0.5 * beam)
         lights = [disc(x, y, 0.022, 0.044) for x, y in lamps]
         lights += spots(rng, 3, (0.01, 0.02), (0, 0.45))
         image = blend(image, (255, 222, 160), 0.8 * mask(size, lights, 0.014))
@@ -557,18 +545,7 @@ def draw_scene(rng, size, domain, hard=False):
     """
     seeds = rng.integers(2**62, size=3)
     scene_rng, weather_rng, sensor_rng = (np.random.default_rng(seed) for seed in seeds)
-    target = domain == "target"
-    palette = 0
-    texture_gain = 1
-    noise = GAP["source_noise"]
-    if target:
-        palette = GAP["palette"]
-        texture_gain = GAP["texture"]
-        noise = GAP["noise"]
-        if hard:
-            noise += HARD["noise"]
-
-    brush = Brush(scene_rng, size, palette)
+    brush = Brush(scene_rng, size, domain)
     horizon = draw_street(scene_rng, brush)
     draw_objects(scene_rng, brush, horizon)
     bonnet = disc(0.5, 1.05, 0.62, scene_rng.uniform(0.08, 0.11))
@@ -576,15 +553,13 @@ def draw_scene(rng, size, domain, hard=False):
     image = np.array(brush.image, np.float32)
     label = np.array(brush.label)
 
-    texture = texture_of(scene_rng, label, size)
+    texture = GAP["texture"][DOMAINS.index(domain)] * texture_of(scene_rng, label, size)
     light = VARIETY["light"] * scene_rng.standard_normal()
     light = light + VARIETY["tint"] * scene_rng.standard_normal(3)  # (3,): of R, G, B
-    image *= (1 + texture_gain * texture) * np.exp(light).astype(np.float32)
+    image *= (1 + texture) * np.exp(light).astype(np.float32)
 
-    if target:
-        grey = image.mean(2, keepdims=True)
-        image = blend(image, grey, GAP["desaturate"])
-        image = (128 + GAP["contrast"] * (image - 128)) * np.float32(GAP["cast"])
+    if domain == "target":
+        image = 128 + GAP["contrast"] * (image - 128)
         if hard:
             remoteness = np.array(brush.remoteness, np.float32) / 255
             # Of the ground every row has its own.
@@ -595,6 +570,7 @@ def draw_scene(rng, size, domain, hard=False):
         sharp = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
         soft = sharp.filter(ImageFilter.GaussianBlur(GAP["blur"] * size[0]))
         image = np.asarray(soft, np.float32)
+    noise = GAP["noise"][DOMAINS.index(domain)]
     image = image + 255 * noise * sensor_rng.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), label
 
@@ -643,58 +619,44 @@ def write_label(path, label, tree):
 
 
 def file_names(tree, index):
-    """(stem, image, label): the names in the real dataset, relative to the folder of the trees."""
+    """(image, label): the names in the real dataset, relative to the folder of the trees."""
     if tree in CITIES:
         cities = CITIES[tree]
         city = cities[index % len(cities)]
-        stem = f"{city}_{index // len(cities):06d}_000019"
-        image = f"Cityscapes/leftImg8bit/{tree}/{city}/{stem}_leftImg8bit.png"
-        return stem, image, f"Cityscapes/gtFine/{tree}/{city}/{stem}_gtFine_labelIds.png"
+        stem = f"{tree}/{city}/{city}_{index // len(cities):06d}_000019"
+        image = f"Cityscapes/leftImg8bit/{stem}_leftImg8bit.png"
+        return image, f"Cityscapes/gtFine/{stem}_gtFine_labelIds.png"
     if tree == "GTA5":
-        stem = f"{index + 1:05d}"
-        return stem, f"GTA5/images/{stem}.png", f"GTA5/labels/{stem}.png"
+        return f"GTA5/images/{index + 1:05d}.png", f"GTA5/labels/{index + 1:05d}.png"
     if tree == "SYNTHIA":
-        stem = f"{index:07d}"
-        return stem, f"SYNTHIA/RGB/{stem}.png", f"SYNTHIA/GT/LABELS/{stem}.png"
-    stem = f"{index + 1}"
-    return stem, f"Synscapes/img/rgb/{stem}.png", f"Synscapes/img/class/{stem}.png"
+        return f"SYNTHIA/RGB/{index:07d}.png", f"SYNTHIA/GT/LABELS/{index:07d}.png"
+    return f"Synscapes/img/rgb/{index + 1}.png", f"Synscapes/img/class/{index + 1}.png"
 
 
 def write_tree(root, tree, number, count, size, seed):
-    """Draw `count` scenes of one tree below root. Returns the names of its easy and hard images."""
+    """Draw `count` scenes of one tree below root. Target images are listed in easy.txt, hard.txt."""
     domain = "source"
     hard = set()
     if tree in CITIES:
         domain = "target"
         shuffled = np.random.default_rng((seed, number)).permutation(count)
         hard = set(shuffled[: round(HARD["share"] * count)])
-    names = {"easy": [], "hard": []}
     for index in range(count):
         rng = np.random.default_rng((seed, number, index))
         image, label = draw_scene(rng, size, domain, index in hard)
-        stem, image_name, label_name = file_names(tree, index)
+        image_name, label_name = file_names(tree, index)
         for name in (image_name, label_name):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(root / image_name, compress_level=3)
         write_label(root / label_name, label, tree)
-        if index in hard:
-            names["hard"].append(stem)
-        else:
-            names["easy"].append(stem)
-    return names
+        if tree in CITIES:
+            part = "hard.txt" if index in hard else "easy.txt"
+            with open(root / part, "a") as file:
+                file.write(Path(image_name).stem.removesuffix("_leftImg8bit") + "\n")
 
 
-def write_scenes(
-    root,
-    seed=0,
-    source_size=(256, 128),
-    target_size=(256, 128),
-    num_source=400,
-    num_target=400,
-    num_val=100,
-    synthia=False,
-    synscapes=False,
-):
+def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), num_source=400,
+                 num_target=400, num_val=100, synthia=False, synscapes=False):  # fmt: skip
     """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes below root.
 
     Sizes are (W, H). An image depends on (seed, tree, index) alone. hard.txt and easy.txt list the
@@ -704,36 +666,25 @@ def write_scenes(
     root = Path(root)
     if root.exists():
         raise FileExistsError(f"{root} exists already")
-    trees = [
-        ("GTA5", num_source, source_size),
-        ("train", num_target, target_size),
-        ("val", num_val, target_size),
+    trees = [  # the place in this list is part of the seed
+        ("GTA5", True, num_source, source_size),
+        ("train", True, num_target, target_size),
+        ("val", True, num_val, target_size),
+        ("SYNTHIA", synthia, num_source, source_size),
+        ("Synscapes", synscapes, num_source, source_size),
     ]
-    numbers = {"GTA5": 0, "train": 1, "val": 2, "SYNTHIA": 3, "Synscapes": 4}  # part of the seed
-    if synthia:
-        trees.append(("SYNTHIA", num_source, source_size))
-    if synscapes:
-        trees.append(("Synscapes", num_source, source_size))
-
     root.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own, so that two first runs at once do not meet.
-    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.", suffix=".partial", dir=root.parent))
-    partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
-    easy = []
-    hard = []
-    try:
-        for tree, count, size in trees:
-            names = write_tree(partial, tree, numbers[tree], count, size, seed)
-            if tree in CITIES:
-                easy += names["easy"]
-                hard += names["hard"]
-        (partial / "easy.txt").write_text("".join(f"{name}\n" for name in easy))
-        (partial / "hard.txt").write_text("".join(f"{name}\n" for name in hard))
-        if root.exists():
-            raise FileExistsError(f"{root} exists already: another process was faster")
-        os.replace(partial, root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is there no more if all went well
+    prefix = f"{root.name}."
+    with tempfile.TemporaryDirectory(".partial", prefix, root.parent) as own:
+        partial = Path(own, root.name)
+        partial.mkdir()
+        for part in ("easy.txt", "hard.txt"):
+            (partial / part).touch()
+        for number, (tree, wanted, count, size) in enumerate(trees):
+            if wanted:
+                write_tree(partial, tree, number, count, size, seed)
+        os.rename(partial, root)  # fails if another process was faster
 
 
 def demo_scenes(source: str) -> Path:
@@ -756,18 +707,11 @@ def demo_scenes(source: str) -> Path:
 # ---------------------------------------------------------------- 9 command line
 
 
-def size(text):
-    """WxH to (W, H), for argparse."""
-    width, height = text.lower().split("x")
-    if int(width) < 32 or int(height) < 32:
-        raise ValueError
-    return int(width), int(height)
-
-
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("out", type=Path, help="folder to make")
+    size = common.size
+    parser.add_argument("root", type=Path, help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="other seeds draw other scenes")
     parser.add_argument("--source-size", type=size, default=(256, 128), help="WxH (256x128)")
     parser.add_argument("--target-size", type=size, default=(256, 128), help="WxH (256x128)")
@@ -776,19 +720,8 @@ def main():
     parser.add_argument("--num-val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--synthia", action="store_true", help="also write a SYNTHIA tree")
     parser.add_argument("--synscapes", action="store_true", help="also write a Synscapes tree")
-    args = parser.parse_args()
     try:
-        write_scenes(
-            args.out,
-            seed=args.seed,
-            source_size=args.source_size,
-            target_size=args.target_size,
-            num_source=args.num_source,
-            num_target=args.num_target,
-            num_val=args.num_val,
-            synthia=args.synthia,
-            synscapes=args.synscapes,
-        )
+        write_scenes(**vars(parser.parse_args()))
     except OSError as error:
         sys.exit(f"error: {error}")
 
