@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 if __name__ == "__main__":  # as a script, Python looks for common.py in demo/ and not above it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,14 +33,13 @@ LEARNING_RATE = 0.01
 RAMP = 100  # iterations in which the learning rate rises: the first gradients are large
 
 
-def draw_all():
-    """All scenes: images (N,3,H,W) and labels (N,H,W), uint8."""
+def draw(seed, count):
+    """Source scenes: images (N,3,H,W) and labels (N,H,W), uint8."""
     width, height = SIZE
-    images = np.empty((SCENES, 3, height, width), np.uint8)
-    labels = np.empty((SCENES, height, width), np.uint8)
-    for i in range(SCENES):
-        rng = np.random.default_rng((SEED, 0, i))
-        image, labels[i] = draw_scene(rng, SIZE, "source")
+    images = np.empty((count, 3, height, width), np.uint8)
+    labels = np.empty((count, height, width), np.uint8)
+    for i in range(count):
+        image, labels[i] = draw_scene(np.random.default_rng((seed, 0, i)), SIZE, "source")
         images[i] = image.transpose(2, 0, 1)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
@@ -92,13 +90,9 @@ def train(images, labels):
 
 def score(network):
     """mIoU in percent on 100 more source scenes, of a seed of their own."""
-    network.eval()
-    confusion = 0
-    for i in range(100):
-        image, label = draw_scene(np.random.default_rng((SEED + 1, 0, i)), SIZE, "source")
-        prediction = common.predict(network, Image.fromarray(image), SIZE)
-        confusion = confusion + common.confusion_matrix(torch.from_numpy(label), prediction, 19)
-    return common.scores(confusion)["miou19"]
+    images, labels = draw(SEED + 1, 100)
+    predictions = common.predict(network.eval(), images, SIZE)
+    return common.scores(common.confusion_matrix(labels, predictions, 19))["miou19"]
 
 
 def save(path, network, minutes):
@@ -128,7 +122,7 @@ def main():
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     print(f"drawing {SCENES} source scenes ...", flush=True)
-    images, labels = draw_all()
+    images, labels = draw(SEED, SCENES)
     network = train(images, labels)
     save(args.out, network, round((time.perf_counter() - start) / 60, 1))
 

@@ -307,9 +307,7 @@ class Brush:
             top = (1 - u) * top_left + u * top_right
             bottom = (1 - u) * bottom_left + u * bottom_right
             points = (1 - v) * top + v * bottom  # (points, 2) pixels
-            depth = None
-            if train_id is not None:
-                depth = int(255 * remoteness)
+            depth = None if train_id is None else int(255 * remoteness)
             for pen, fill in zip(self.pens, (paint.get(colour), train_id, depth)):
                 if fill is not None:
                     pen.polygon(points.round().ravel().tolist(), fill=fill)
@@ -372,9 +370,7 @@ def draw_houses(rng, brush, horizon, vanish):
         tree = [(8, "trunk", rect(0.44, 0.6, 0.56, 1)), (8, "leaf", crown)]
         body = random_paint(rng, 0.6)
         trim = random_paint(rng, 0.6)
-        sprite = house
-        if rng.random() < 0.4:
-            sprite = tree
+        sprite = tree if rng.random() < 0.4 else house
         corners = rect(x, top, x + width, horizon + 0.01)
         brush.draw(sprite, corners, 0.9 - 0.6 * aside, body=body, trim=trim)
 
@@ -634,13 +630,10 @@ def file_names(tree, index):
 
 
 def write_tree(root, tree, number, count, size, seed):
-    """Draw `count` scenes of one tree below root. Target images are listed in easy.txt, hard.txt."""
-    domain = "source"
-    hard = set()
-    if tree in CITIES:
-        domain = "target"
-        shuffled = np.random.default_rng((seed, number)).permutation(count)
-        hard = set(shuffled[: round(HARD["share"] * count)])
+    """Draw `count` scenes of one tree below root; lists the target's in easy.txt and hard.txt."""
+    domain = "target" if tree in CITIES else "source"
+    shuffled = np.random.default_rng((seed, number)).permutation(count)
+    hard = shuffled[: round(HARD["share"] * count)]  # draw_scene heeds it in the target alone
     for index in range(count):
         rng = np.random.default_rng((seed, number, index))
         image, label = draw_scene(rng, size, domain, index in hard)
