@@ -289,6 +289,17 @@ def pixel_entropy(logits: Tensor, size: tuple = None) -> Tensor:
     return (total.log() - weighted / total).clamp(0, math.log(num_classes)) / math.log(num_classes)
 
 
+def column_titles(paths: list) -> list:
+    """The part of each path in which they differ: stage1 and stage3 of runs/a/stage*/last.pth."""
+    parts = [path.parts for path in paths]
+    start = len(os.path.commonprefix(parts))
+    tail = len(os.path.commonprefix([part[::-1] for part in parts]))
+    titles = ["/".join(part[start : len(part) - tail]) or part[-1] for part in parts]
+    if len(set(titles)) < len(titles):
+        return [str(path) for path in paths]
+    return titles
+
+
 def score_images(args):
     """Score checkpoints on labelled images."""
     networks, paths, device = load_networks(args)
@@ -305,10 +316,7 @@ def score_images(args):
     print(common.score_table({"IoU": result}))
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
     if args.panel:
-        # A title is what follows the folders that all checkpoints share.
-        shared = len(os.path.commonprefix([path.parent.parts for path in paths]))
-        titles = ["/".join(path.parts[shared:]) for path in paths]
-        columns = dict(zip(titles, networks))
+        columns = dict(zip(column_titles(paths), networks))
         rows = common.spread(len(dataset), PANEL_ROWS)
         common.write_panel(args.panel, columns, dataset, rows, device, pixel_entropy)
     if args.json:
@@ -342,7 +350,10 @@ def find_images(patterns: list) -> dict:
 
 
 class Photos(common.Images):
-    """RGB images in Pillow's form, of what cameras and tools write, or a file's error as text."""
+    """(RGB in Pillow's form, (3,h,w) uint8 for the network) of what cameras and tools write, or a
+    file's error as text. Without a `size` the network sees the photo's aspect, and an `area`."""
+
+    area = (1024, 512)
 
     def __getitem__(self, index: int):
         path = self.paths[index]
@@ -351,9 +362,11 @@ class Photos(common.Images):
             if photo.mode.startswith("I"):  # 16-bit grey, which convert would cut off at 255
                 grey = np.asarray(common.upright(photo)) // 256
                 photo = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            return common.upright_rgb(photo, path)
+            photo = common.upright_rgb(photo, path)
         except UserError as error:
             return str(error)
+        size = self.size or common.same_area(photo.size, self.area)
+        return photo, pil_to_tensor(common.resize(photo, size, "image"))
 
 
 def segment_images(args):
@@ -365,18 +378,20 @@ def segment_images(args):
     else:
         images, _ = find(common.list_images, args, "target", networks[0].num_classes)
     plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
-    size = args.input_size or networks[0].input_size
     networks = [common.inference_copy(network) for network in networks]
     torch.backends.cudnn.benchmark = False  # which would look at every new size of photo
+    photos = Photos(images, args.input_size)
+    photos.area = networks[0].input_size
+    if not args.images:  # all of one dataset, seen as evaluation sees it
+        photos.size = args.input_size or photos.area
     errors = []
-    for name, photo in zip(images, common.one_by_one(Photos(images), args.workers, device)):
-        if isinstance(photo, str):
-            errors.append(photo)
-            print(f"left out: {photo}")
+    for name, item in zip(images, common.one_by_one(photos, args.workers, device)):
+        if isinstance(item, str):
+            errors.append(item)
+            print(f"left out: {item}")
             continue
-        if args.images and args.input_size is None:  # the photo's own aspect
-            size = common.same_area(photo.size, networks[0].input_size)
-        x = pil_to_tensor(common.resize(photo, size, "image"))[None].to(device)
+        photo, image = item
+        x = image[None].to(device)
         with torch.inference_mode(), common.full_precision():
             logits = common.main_logits(networks, x)
             prediction = common.upsampled_argmax(logits, photo.size)[0]

@@ -1567,11 +1567,10 @@ def test_scores_pictures_and_label_ids(scenes):
     paths = [Path("runs/a/stage1/last.pth"), Path("runs/a/stage3/last.pth")]
     for path, network in zip(paths, networks):
         save(path, network)
+    assert eval_script.column_titles(paths) == ["stage1", "stage3"]
     flags = "--input-size 96x64 --json out/x.json --save-dir maps --label-ids ids --panel p.png"
     flags = ["--ckpt", *paths, "--data-root", scenes, *flags.split(), *CPU]
-    with mock.patch.object(common, "write_panel", wraps=common.write_panel) as panel:
-        out = succeed(eval_script, *flags)
-    assert list(panel.call_args.args[1]) == ["stage1/last.pth", "stage3/last.pth"]
+    out = succeed(eval_script, *flags)
     confusion = np.zeros((19, 19), int)
     for name, (image, label) in val_pairs(scenes).items():
         logits = sum(plain_logits(network, image, (96, 64)) for network in networks) / 2
