@@ -392,35 +392,31 @@ def bin_confidence(bins: Tensor) -> Tensor:
     return torch.where(bins < BINS, 1 - torch.exp(-bins.double() * TOP / BINS), 1.0)
 
 
-def class_thresholds(histogram: Tensor, ratio: float) -> Tensor:
-    """Bin of each class from which on the top `ratio` of its pixels lie.
+def top_bins(histogram: Tensor, ratio: float) -> Tensor:
+    """Bin of each row from which on the top `ratio` of its pixels lie.
 
-    histogram (C,bins): pixels predicted as class c by confidence bin -> (C,) int64, the highest bin
-    b such that the bins from b up hold at least ratio of the class's pixels. A class without a
-    pixel gets the number of bins, which no pixel reaches, as does every class at ratio 0.
+    histogram (R,BINS): pixels of every confidence bin -> (R,) int64, the highest bin b such that
+    the bins from b up hold at least ratio of the row's pixels. A row without a pixel gets BINS,
+    which no pixel reaches, as does every row at ratio 0.
     """
-    from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (C, bins): pixels in bin b and above
+    from_top = histogram.double().flip(1).cumsum(1).flip(1)  # (R, BINS): pixels in bin b and above
     enough = (from_top >= ratio * from_top[:, :1]).sum(1)  # true for the bins 0..b: b + 1 of them
     some = (from_top[:, 0] > 0) & (ratio > 0)
-    return torch.where(some, enough - 1, histogram.shape[1])
+    return torch.where(some, enough - 1, BINS)
 
 
-def choose_static(
-    prediction: Tensor, bins: Tensor, thresholds: Tensor, ratio: float, absent: tuple = ()
-) -> Tensor:
+def choose_static(args, prediction: Tensor, bins: Tensor, thresholds: Tensor) -> Tensor:
     """y_F: the prediction where its confidence is in the top ratio of its class or of this image.
 
-    prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, thresholds (C,) -> (H,W) int64.
-    absent: classes of which the source has no pixel; they get no label.
+    prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, thresholds (C,) of `top_bins` ->
+    (H,W) int64. Classes of which the source has no pixel get no label.
     """
-    own = BINS  # least bin of the image's own top share
-    if ratio > 0:
-        top = max(1, math.ceil(ratio * bins.numel()))
-        own = bins.flatten().float().topk(top).values[-1]
-    keep = (bins >= thresholds[prediction.long()]) | (bins >= own)
-    for c in absent:
+    histogram = bins.flatten().bincount(minlength=BINS)
+    own = top_bins(histogram[None], args.static_ratio)  # (1,)
+    keep = (bins >= thresholds[prediction]) | (bins >= own)
+    for c in common.ABSENT.get(args.source, ()):
         keep &= prediction != c
-    return torch.where(keep, prediction.long(), IGNORE)
+    return torch.where(keep, prediction, IGNORE)
 
 
 def label_network(G: nn.Module, label_bn: str) -> nn.Module:
@@ -454,7 +450,6 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
     if folder.exists():
         return read_static_labels(folder, images, about)
     predictor = label_network(G, args.label_bn)
-    absent = common.ABSENT.get(args.source, ())
     dataset = common.Images(images, args.target_size)
     C = args.num_classes
 
@@ -467,11 +462,11 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
     for _, label, bins in predictions():
         cells = (label * BINS + bins).flatten()
         histogram += torch.bincount(cells, minlength=C * BINS).view(C, BINS)
-    thresholds = class_thresholds(common.over_ranks(histogram), args.static_ratio)
+    thresholds = top_bins(common.over_ranks(histogram), args.static_ratio)
     labelled = torch.zeros((), dtype=torch.float64)
     partial = folder.with_name(f"{folder.name}.partial")
     for name, label, bins in predictions():
-        static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
+        static = choose_static(args, label, bins, thresholds).byte()
         labelled += (static != IGNORE).double().mean().cpu()
         path = partial / "labels" / f"{name}.png"
         common.write_png(path, static.cpu().numpy(), C)
@@ -519,13 +514,12 @@ def labels_of_pairs(args, G, ema_source, ema_target, thresholds: list, pairs, de
     encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
     common.set_mode(encoder, args.bn)
     bounds = torch.tensor(thresholds, device=device)
-    absent = common.ABSENT.get(args.source, ())
     for item, pair in pairs:
         with common.full_precision(), torch.no_grad():
             image_t = item["image"].to(device)
             image_s = pair["image"].to(device)
             prediction, bins = confident_prediction(predictor, image_t, args.target_size)
-            static = choose_static(prediction, bins, bounds, args.static_ratio, absent)
+            static = choose_static(args, prediction, bins, bounds)
             f_s = encoder(common.normalize(image_s[None])).features
             f_t = encoder(common.normalize(image_t[None])).features
             y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
