@@ -442,13 +442,12 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
 
     Two passes of the network over all target images: histograms, then labels cut at the class
     thresholds. Memory does not grow with the number of images. Ranks share the images. The folder
-    appears when it is whole. One that is there is read, and refused if another network made it.
-    Returns what is in labels.json.
+    appears when it is whole; one that is there stays. Returns what labels.json has to say.
     """
     network = common.digest(t.cpu().numpy().tobytes() for t in G.state_dict().values())
     about = {"network": network, "settings": settings}
     if folder.exists():
-        return read_static_labels(folder, images, about)
+        return about
     predictor = label_network(G, args.label_bn)
     dataset = common.Images(images, args.target_size)
     C = args.num_classes
@@ -479,7 +478,7 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
         with common.writing(folder):
             os.rename(partial, folder)
     common.wait_for_ranks()
-    return read_static_labels(folder, images, about)
+    return about
 
 
 def labels_digest(folder: Path, images: dict, thresholds: list) -> str:
@@ -507,12 +506,11 @@ def read_static_labels(folder: Path, images: dict, expected: dict) -> dict:
 # ====================================================================== label statistics
 
 
-def labels_of_pairs(args, G, ema_source, ema_target, thresholds: list, pairs, device):
+def labels_of_pairs(args, state: dict, thresholds: list, pairs, device):
     """Yields of every (target, source) pair of dataset items: target, source, and the target's
-    labels {"static", "dynamic", "hybrid": (H,W) int64}. G stays as it is."""
-    predictor = label_network(G, args.label_bn)
-    encoder = copy.deepcopy(G)  # in training mode, with running statistics of its own
-    common.set_mode(encoder, args.bn)
+    labels {"static", "dynamic", "hybrid": (H,W) int64}. `state`, as in `train`, stays as it is."""
+    predictor = label_network(state["model"], args.label_bn)
+    encoder = copy.deepcopy(state["model"])  # in training mode, with statistics of its own
     bounds = torch.tensor(thresholds, device=device)
     for item, pair in pairs:
         with common.full_precision(), torch.no_grad():
@@ -525,7 +523,7 @@ def labels_of_pairs(args, G, ema_source, ema_target, thresholds: list, pairs, de
             y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
             prototypes = class_prototypes(f_s[0], y_s[0], args.num_classes)
             if args.calibrate:
-                prototypes = calibrate(prototypes, ema_source, ema_target)
+                prototypes = calibrate(prototypes, state["ema_source"], state["ema_target"])
             dynamic = dynamic_labels(f_t[0], prototypes, args.tau)
         y_f = pick(static[None], *item["label"].shape)[0]
         y_d = enlarge(dynamic[None], *item["label"].shape)[0]
@@ -544,13 +542,6 @@ def draw_labels(path, labelled_pairs, num_classes: int):
         rows.append(row)
     titles = ["source image", "its label", "target image", *LABEL_KINDS, "ground truth"]
     common.write_grid(path, titles, rows, num_classes)
-
-
-def beside(validation, source) -> StackDataset:
-    """Pairs of every validation image and a source image."""
-    # (i, j): source image j, augmented as sample i. A prime step mixes the fixed partners well.
-    indices = [(i, i * 7919 % len(source)) for i in range(len(validation))]
-    return StackDataset(validation, Subset(source, indices))
 
 
 def label_statistics(labelled_pairs, device) -> dict:
@@ -596,28 +587,28 @@ def augment(image, label, rng, short_side: int, scales: tuple, crop: int, flip: 
     return image, label
 
 
-def train(
-    args, settings, source, target_images, validation, initial, device, *, rounds, iters, base_lr
-):
-    """`rounds` rounds of `iters` iterations. target_images None: source alone, the warm-up.
+def train(args, settings, source, target_images, validation, initial, device):
+    """Train G for all rounds. Without target images, on the source alone: the warm-up.
 
-    source: dataset of labelled images, with its augmentation; target_images {name: path}; initial:
-    content of a weight file, or None. Files go to <out>/warmup/ or <out>/.
+    source: dataset of labelled images; target_images {name: path}; initial: content of a weight
+    file, or None. Checkpoints, log and static labels go to --out.
     """
-    warmup = target_images is None
-    stage = "warm-up" if warmup else "bcl"
-    folder = args.out / "warmup" if warmup else args.out
-    last = folder / "last.pth"
+    stage = "bcl" if target_images else "warm-up"
     C = args.num_classes
-    total = rounds * iters
-    horizon = iters if warmup else 1.2 * iters
+    iters = args.round_iters
+    total = args.rounds * iters
+    horizon = 1.2 * iters if target_images else iters
+    source.transform = functools.partial(
+        augment, short_side=args.short_side, scales=args.scales, crop=args.crop, flip=args.flip
+    )
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(C, args.layers, args.width, aux=False)
     report = common.load_weights(G, initial, args.init)
     G.to(device)
     G.checkpoint_activations = args.checkpoint_activations
+    G.input_size = args.target_size
     groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
-    optimizer = torch.optim.SGD(groups, lr=base_lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=5e-4)
     ema_source = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
     ema_target = PrototypeEMA(C, 32 * args.width, args.momentum).to(device)
     state = {
@@ -627,15 +618,17 @@ def train(
         "ema_target": ema_target,
     }
 
-    start, found = common.resume(folder, settings, state)
+    start, found = common.resume(args.out, settings, state)
     labels = found.get("labels")  # digest of this round's static labels
-    targets = "no" if warmup else len(target_images)
+    targets = len(target_images) or "no"
     about = f"{len(source)} source images, {targets} target images, {report}"
-    log = common.Log(folder, stage, about, start, total, settings)
+    log = common.Log(args.out, stage, about, start, total, settings)
+    source_batches = common.Batches(source, args.batch_size, start, total, args.workers, device)
+    batches = [source_batches]
     common.set_mode(G, args.bn)
     if args.compile:
         G.compile(dynamic=False)  # in place: the names in checkpoints stay
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+    autocast = common.autocast(device, args.amp)
     cross_entropy = common.compiled(segmentation_loss, args.compile)
     mean_entropy = common.compiled(entropy_loss, args.compile)
     stop_signal = common.StopSignal()
@@ -646,59 +639,50 @@ def train(
         stop = stop_signal.agreed()
         save_due = common.due(it, args.save_every, total) or common.due(it, args.eval_every, total)
         if it > start and (stop or save_due or step == 0):
-            common.save(last, it, settings, state, input_size=args.target_size, labels=labels)
+            common.save(args.out / "last.pth", it, settings, state, labels=labels)
         if stop:
             sys.exit(128 + stop)
         if validation and common.due(it, args.eval_every, total) and it not in log.evaluated:
             result = common.evaluate([G], validation, device, args.workers)
             if log.is_best(result):
-                best = {"model": G}
-                common.save(folder / "best.pth", it, settings, best, input_size=args.target_size)
+                common.save(args.out / "best.pth", it, settings, {"model": G})
             log.evaluation(it, result)
         if it == total:
             break
 
-        # ---- a new round, or the one to go on with: static labels and new batches
-        if it == start or step == 0:
-            end = (round_ + 1) * iters
-            if not warmup:
-                labels_folder = folder / f"round{round_}"
-                if step == 0:
-                    static = make_static_labels(
-                        args, settings, G, target_images, labels_folder, device
-                    )
-                else:
-                    static = read_static_labels(labels_folder, target_images, {"labels": labels})
-                labels = static["labels"]
-                reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
-                if round_ not in reported:
-                    statistics = {}
-                    if validation:
-                        pairs = common.one_by_one(beside(validation, source), args.workers, device)
-                        labelled = labels_of_pairs(
-                            args, G, ema_source, ema_target, static["thresholds"], pairs, device
-                        )
-                        statistics = label_statistics(labelled, device)
-                    report_labels(log, it, round_, static, statistics)
-                files = {
-                    name: (path, labels_folder / "labels" / f"{name}.png")
-                    for name, path in target_images.items()
-                }
-                target = common.Labelled(
-                    files, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
+        # ---- a new round, or the one to go on with: static labels and batches with them
+        if target_images and (it == start or step == 0):
+            labels_folder = args.out / f"round{round_}"
+            made_from = {"labels": labels}
+            if step == 0:
+                made_from = make_static_labels(
+                    args, settings, G, target_images, labels_folder, device
                 )
-                target_batches = common.Batches(
-                    target, args.batch_size, it, end, args.workers, device
-                )
-            source_batches = common.Batches(
-                source, args.batch_size, it, end, args.workers, device
+            static = read_static_labels(labels_folder, target_images, made_from)
+            labels = static["labels"]
+            reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
+            if round_ not in reported:
+                statistics = {}
+                if validation:
+                    # (i, j): source image j, augmented as sample i; a prime step mixes them well
+                    partners = [(i, i * 7919 % len(source)) for i in range(len(validation))]
+                    dataset = StackDataset(validation, Subset(source, partners))
+                    pairs = common.one_by_one(dataset, args.workers, device)
+                    labelled = labels_of_pairs(args, state, static["thresholds"], pairs, device)
+                    statistics = label_statistics(labelled, device)
+                report_labels(log, it, round_, static, statistics)
+            files = {}
+            for name, path in target_images.items():
+                files[name] = (path, labels_folder / "labels" / f"{name}.png")
+            target = common.Labelled(
+                files, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
             )
-            batches = [source_batches]
-            if not warmup:
-                batches.append(target_batches)
+            end = it - step + iters
+            target_batches = common.Batches(target, args.batch_size, it, end, args.workers, device)
+            batches = [source_batches, target_batches]
 
         # ============================== the method ==============================
-        lr = base_lr * 0.5**round_ * (1 - step / horizon) ** 0.9
+        lr = args.lr * 0.5**round_ * (1 - step / horizon) ** 0.9
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         optimizer.zero_grad(set_to_none=True)
@@ -713,7 +697,7 @@ def train(
         loss = loss_ce_s
         loss_ce_t = loss_ent_s = loss_ent_t = loss_fcl = loss_bcl = None
 
-        if not warmup:
+        if target_images:
             # target: features f_t, logits, static labels y_F
             x_t, y_f_full = next(target_batches)
             with autocast:
@@ -730,14 +714,11 @@ def train(
             ema_source.update(batch_mean(p_s))
 
             # ξ, p_{S→T} -> y_D
-            dynamic = []
-            for b in batch:
-                p_st = p_s[b]
-                if args.calibrate:
-                    p_st = calibrate(p_s[b], ema_source, ema_target)
-                dynamic.append(dynamic_labels(f_t[b], p_st, args.tau))
-            y_d = torch.stack(dynamic)  # (B, h, w)
-            y_d_full = enlarge(y_d, *y_f_full.shape[1:])  # (B, H, W)
+            p_st = p_s
+            if args.calibrate:
+                p_st = [calibrate(p, ema_source, ema_target) for p in p_s]
+            y_d = torch.stack([dynamic_labels(f_t[b], p_st[b], args.tau) for b in batch])
+            y_d_full = enlarge(y_d, *y_f_full.shape[1:])  # (B, h, w) -> (B, H, W)
 
             # y_T, on the map and at full size
             y_t = target_labels(args.labels, y_f, y_d)
@@ -780,14 +761,12 @@ def train(
         if common.due(it + 1, args.log_every, total):
             log.losses(it + 1, device, lr=lr, round=round_)
 
-    if not warmup and validation and common.rank() == 0:
-        labels_folder = folder / f"round{rounds - 1}"
+    if target_images and validation and common.rank() == 0:
+        labels_folder = args.out / f"round{args.rounds - 1}"
         static = read_static_labels(labels_folder, target_images, {"labels": labels})
         pairs = [(validation[0], source[0, i]) for i in (0, len(source) // 2)]
-        labelled = labels_of_pairs(
-            args, G, ema_source, ema_target, static["thresholds"], pairs, device
-        )
-        draw_labels(folder / "labels.png", labelled, C)
+        labelled = labels_of_pairs(args, state, static["thresholds"], pairs, device)
+        draw_labels(args.out / "labels.png", labelled, C)
     stop_signal.close()
 
 
@@ -810,8 +789,6 @@ def report_labels(log, it: int, round_: int, static: dict, statistics: dict):
 def main():
     args, settings = parse()
     device = common.set_up(args.device)
-    if args.amp is None:
-        args.amp = common.has_bfloat16(device)
     settings["processes"] = str(common.world())
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
@@ -833,37 +810,26 @@ def main():
     if args.source == args.target == "folder":
         common.check_classes(source_root, target_root, args.num_classes)
 
-    def source_at(short_side: int, crop: int):
-        transform = functools.partial(
-            augment, short_side=short_side, scales=args.scales, crop=crop, flip=args.flip
-        )
-        return common.Labelled(
-            pairs, args.source, args.num_classes, transform=transform, seed=args.seed
-        )
-
-    labelled = source_at(args.short_side, args.crop)
-    labelled.look()
+    source = common.Labelled(pairs, args.source, args.num_classes, seed=args.seed)
+    source.look()
     initial, settings["init"] = common.initial_weights(args.init)
-    files = labelled.files
-    warmup_settings = {**settings, "images": common.fingerprint(files)}
-    settings["images"] = common.fingerprint(files + list(images.values()))
+    warmup_settings = {**settings, "images": common.fingerprint(source.files)}
+    settings["images"] = common.fingerprint([*source.files, *images.values()])
     common.earlier_run(args.out, settings)
-    if args.warmup_iters:
-        common.earlier_run(args.out / "warmup", warmup_settings)
 
     runs = {}
-    if args.warmup_iters:
-        runs["warm-up"] = args.out / "warmup"
-        source = source_at(args.warmup_short_side, args.warmup_crop)
-        train(
-            args, warmup_settings, source, None, validation, initial, device,
-            rounds=1, iters=args.warmup_iters, base_lr=args.warmup_lr,
-        )  # fmt: skip
-        initial = common.read_checkpoint(args.out / "warmup" / "last.pth")
-    train(
-        args, settings, labelled, images, validation, initial, device,
-        rounds=args.rounds, iters=args.round_iters, base_lr=args.lr,
-    )  # fmt: skip
+    if args.warmup_iters:  # is a run of one round
+        warmup = copy.copy(args)
+        warmup.out = args.out / "warmup"
+        warmup.rounds = 1
+        warmup.round_iters = args.warmup_iters
+        warmup.lr = args.warmup_lr
+        warmup.short_side = args.warmup_short_side
+        warmup.crop = args.warmup_crop
+        runs["warm-up"] = warmup.out
+        train(warmup, warmup_settings, source, {}, validation, initial, device)
+        initial = common.read_checkpoint(warmup.out / "last.pth")
+    train(args, settings, source, images, validation, initial, device)
     runs["BCL"] = args.out
     if validation and common.rank() == 0:
         common.report(args.out, runs, validation, device, pixel_entropy)

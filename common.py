@@ -1365,9 +1365,12 @@ def set_up(name) -> torch.device:
     return device
 
 
-def has_bfloat16(device) -> bool:
-    """Whether this is a GPU that computes in bfloat16, and does not emulate it."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def autocast(device, wanted):
+    """A context in which convolutions run in bfloat16, if that is wanted; None: on a GPU that
+    computes in it, and does not emulate it."""
+    if wanted is None:
+        wanted = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def compiled(function, wanted: bool):
@@ -1450,8 +1453,9 @@ def resume(folder, settings: dict, state: dict) -> tuple:
 
 
 def save(path, it: int, settings: dict, state: dict, **more):
-    """The one place where a checkpoint is written: state_dicts of `state` {name: network,
-    optimizer, ...}, iteration, settings and plain values. Refuses weights that are not finite.
+    """The one place where a checkpoint is written: state_dicts of `state` {"model": network, ...},
+    iteration, settings, the network's input size, and plain values. Refuses weights that are not
+    finite.
 
     No random state is needed: order and augmentation follow from seed and iteration.
     """
@@ -1462,7 +1466,8 @@ def save(path, it: int, settings: dict, state: dict, **more):
             raise UserError(f"a weight is not finite at iteration {it}: lower --lr; not saved")
     if rank() == 0:
         content = {name: part.state_dict() for name, part in state.items()}
-        content.update(format=FORMAT, iter=it, settings=settings, **more)
+        input_size = state["model"].input_size
+        content.update(format=FORMAT, iter=it, settings=settings, input_size=input_size, **more)
         with atomic_write(path) as file:
             torch.save(content, file)
     wait_for_ranks()

@@ -292,6 +292,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
     D.to(device, memory_format=torch.channels_last)
     G.to(device)
     G.checkpoint_activations = args.checkpoint_activations
+    G.input_size = args.target_size
     g_params = [p for p in G.parameters() if p.requires_grad]
     g_groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
     g_optimizer = torch.optim.SGD(g_groups, lr=args.lr, momentum=0.9, weight_decay=5e-4)
@@ -303,7 +304,6 @@ def train(args, settings, folder, source, target, validation, initial, device):
         "d_optimizer": d_optimizer,
     }
 
-    last = folder / "last.pth"
     start, _ = common.resume(folder, settings, state)
     targets = f"{len(target)} target images" if target else "no target images"
     about = f"{len(source)} labelled images, {targets}, {report}"
@@ -318,7 +318,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
     common.set_mode(G, args.bn)
     if args.compile:
         G.compile(dynamic=False)  # in place: the names in checkpoints stay
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+    autocast = common.autocast(device, args.amp)
     information = common.compiled(self_information, args.compile)
     cross_entropy = common.compiled(segmentation_loss, args.compile)
 
@@ -327,14 +327,13 @@ def train(args, settings, folder, source, target, validation, initial, device):
         stop = stop_signal.agreed()
         save_due = common.due(it, args.save_every, iters) or common.due(it, args.eval_every, iters)
         if it > start and (stop or save_due):
-            common.save(last, it, settings, state, input_size=args.target_size)
+            common.save(folder / "last.pth", it, settings, state)
         if stop:
             sys.exit(128 + stop)
         if validation and common.due(it, args.eval_every, iters) and it not in log.evaluated:
             result = common.evaluate([G], validation, device, args.workers)
             if log.is_best(result):
-                best = {"model": G}
-                common.save(folder / "best.pth", it, settings, best, input_size=args.target_size)
+                common.save(folder / "best.pth", it, settings, {"model": G})
             log.evaluation(it, result)
         if it == iters:
             break
@@ -542,8 +541,6 @@ def write_split(folder: Path, easy: list, hard: list):
 def main():
     args, settings = parse()
     device = common.set_up(args.device)
-    if args.amp is None:
-        args.amp = common.has_bfloat16(device)
     settings["processes"] = str(common.world())
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
