@@ -279,8 +279,8 @@ def easy_count(ratio: float, images: int) -> int:
 def train(args, settings, folder, source, target, validation, initial, device):
     """Train G on labelled `source` while aligning its entropy maps on `target` with the source's.
 
-    source, target, validation: datasets; target None trains on source alone. initial: content of a
-    weight file, or None. Checkpoints and log go to `folder`.
+    source, target, validation: datasets; an empty target trains on source alone. initial: content
+    of a weight file, or None. Checkpoints and log go to `folder`.
     """
     iters = args.stop_iters  # of a poly schedule that would end at --max-iters
     torch.manual_seed(args.seed)
@@ -305,8 +305,8 @@ def train(args, settings, folder, source, target, validation, initial, device):
     }
 
     start, _ = common.resume(folder, settings, state)
-    targets = f"{len(target)} target images" if target else "no target images"
-    about = f"{len(source)} labelled images, {targets}, {report}"
+    targets = len(target) or "no"
+    about = f"{len(source)} labelled images, {targets} target images, {report}"
     log = common.Log(folder, folder.name, about, start, iters, settings)
     stop_signal = common.StopSignal()
     source_batches = common.Batches(source, args.batch_size, start, iters, args.workers, device)
@@ -486,7 +486,7 @@ def ranking_content(folder: Path, rows: list) -> str:
     return common.content_digest([folder / "ranking.csv", *labels])
 
 
-def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size: tuple) -> list:
+def read_ranking(args, folder: Path, checkpoint, images: dict) -> list:
     """The rows {name, entropy, normalized_entropy} of a ranking; refuses one that is damaged, of
     other images, classes or input size, or of another checkpoint than `checkpoint` (None: any; the
     file that it names, if it is still there, must not have changed)."""
@@ -507,8 +507,8 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
     expected = {
         "content": content,
         "images": common.fingerprint(images.values()),
-        "num_classes": num_classes,
-        "input_size": list(size),
+        "num_classes": args.num_classes,
+        "input_size": list(args.target_size),
     }
     ranked_with = checkpoint or named
     if ranked_with.exists():
@@ -548,10 +548,7 @@ def main():
 
         print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
         args.data_root = demo_scenes(args.source)
-    stage_1 = args.stage in ("1", "all")
-    stage_2 = args.stage in ("2", "all")
-    stage_3 = args.stage in ("3", "all")
-    aligned = args.alignment != "none"
+    stages = "123" if args.stage == "all" else args.stage
     checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
     ranking = args.ranking or args.out / "stage2"
 
@@ -561,19 +558,19 @@ def main():
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     images = common.list_images(args.target, target_root, "train")
-    target = common.Images(images, args.target_size, seed=args.seed + 1)
-    if stage_2 or aligned:
-        target.look()
-    if (stage_2 or stage_3) and easy_count(args.ratio, len(images)) == 0:
+    aligned = {} if args.alignment == "none" else images  # those that training reads
+    if aligned or "2" in stages:
+        common.Images(images).look()
+    if stages != "1" and easy_count(args.ratio, len(images)) == 0:
         raise UserError(f"--ratio {args.ratio} of {len(images)} leaves no easy one: raise it")
-    if args.stage == "2" and not checkpoint.is_file():
+    if stages == "2" and not checkpoint.is_file():
         raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
-    if stage_1 or stage_3:
+    if stages != "2":
         initial, settings["init"] = common.initial_weights(args.init)
         validation = common.validation_set(
             args.target, target_root, args.num_classes, args.target_size
         )
-    if stage_1:
+    if "1" in stages:
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
         pairs = common.list_pairs(args.source, source_root)
         source = common.Labelled(
@@ -582,49 +579,42 @@ def main():
         source.look()
         if args.source == args.target == "folder":
             common.check_classes(source_root, target_root, args.num_classes)
-        files = source.files
-        if aligned:
-            files = files + target.files
+        files = [*source.files, *aligned.values()]
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.earlier_run(args.out / "stage1", settings_1)
         unfinished = found is None or found["iter"] < args.stop_iters
         if args.stage == "all" and unfinished and ranking.exists():
             raise UserError(f"{ranking} is there before stage 1 is: remove it")
-    split_flags = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
-    if stage_2:
-        common.earlier_run(args.out / "stage3", split_flags)  # its split stays the one written
-    if stage_3:
-        settings_3 = {**settings, **split_flags}
+    settings_3 = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
+    if "3" in stages:
+        settings_3 = {**settings, **settings_3}
+    if stages != "1":  # stage 2 alone keeps the split that stage 3 has
         common.earlier_run(args.out / "stage3", settings_3)
 
     runs = {}
-    if stage_1:
+    if "1" in stages:
         runs["stage 1"] = args.out / "stage1"
-        if not aligned:
-            target = None
+        target = common.Images(aligned, args.target_size, seed=args.seed + 1)
         train(args, settings_1, runs["stage 1"], source, target, validation, initial, device)
-    if stage_2:
+    if "2" in stages:
         rank_target(args, checkpoint, images, device)
-    if stage_2 or stage_3:
-        ranked = checkpoint if stage_2 else None
-        rows = read_ranking(ranking, ranked, images, args.num_classes, args.target_size)
+    if stages != "1":
+        ranked_with = checkpoint if "2" in stages else None
+        rows = read_ranking(args, ranking, ranked_with, images)
         easy, hard = split(rows, args.ratio, args.normalize_entropy)
-    if stage_2:
+    if "2" in stages:
         write_split(ranking, easy, hard)
-    if stage_3:
-        labels = ranking / "labels"
-        easy_set = common.Labelled(
-            {name: (images[name], labels / f"{name}.png") for name in easy},
-            "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed,
-        )  # fmt: skip
-        hard_set = None  # λ = 1: self-training
-        if aligned and hard:
-            hard_images = {name: images[name] for name in hard}
-            hard_set = common.Images(hard_images, args.target_size, seed=args.seed + 1)
+    if "3" in stages:
+        files = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
+        source = common.Labelled(
+            files, "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed
+        )
+        hard_images = {name: aligned[name] for name in hard if aligned}  # λ = 1: self-training
+        target = common.Images(hard_images, args.target_size, seed=args.seed + 1)
         digest = common.content_digest([ranking / "ranking.csv", ranking / "ranking.json"])
         settings_3["ranking"] = digest
         runs["stage 3"] = args.out / "stage3"
-        train(args, settings_3, runs["stage 3"], easy_set, hard_set, validation, initial, device)
+        train(args, settings_3, runs["stage 3"], source, target, validation, initial, device)
     if runs and validation and common.rank() == 0:
         common.report(args.out, runs, validation, device, pixel_entropy)
 
