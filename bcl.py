@@ -89,8 +89,6 @@ DEMO = dict(
 )  # fmt: skip
 RECIPES = ("released", "paper")
 LABEL_KINDS = ("static", "dynamic", "hybrid")
-# Flags of these groups make a run what it is; those of the others may change when it goes on.
-IDENTITY = ("data", "warm-up", "schedule", "method", "network")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -171,8 +169,7 @@ def parse() -> tuple:
     g.add_argument("--static-ratio", type=share, default=0.1, help="r, labelled share (released)")
     modes = ("batch", "running")
     g.add_argument("--label-bn", choices=modes, default="batch", help="statistics, y_F (released)")
-    text = "y_T, target labels (paper)"
-    g.add_argument("--labels", choices=LABEL_KINDS, default="hybrid", help=text)
+    g.add_argument("--labels", choices=LABEL_KINDS, default="hybrid", help="target's y_T (paper)")
     g.add_argument("--calibrate", action=on_off, default=True, help="add domain bias ξ (paper)")
 
     g = parser.add_argument_group("network")
@@ -180,7 +177,7 @@ def parse() -> tuple:
     g.add_argument("--layers", type=common.layers, default="3,4,23,3", help="blocks of each stage")
     g.add_argument("--width", type=number(int, 2, 1024), default=64, help="channels of the stem")
     text = "BatchNorm statistics in training (released)"
-    g.add_argument("--bn", choices=("batch", "running"), default="batch", help=text)
+    g.add_argument("--bn", choices=modes, default="batch", help=text)
     g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D2")
     g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on head's lr (released)")
 
@@ -202,9 +199,9 @@ def parse() -> tuple:
         parser.set_defaults(**DEMO)
         args = parser.parse_args(namespace=argparse.Namespace(demo=True))
     check(args)
-    settings = {}
+    settings = {}  # flags of other groups may change when a run goes on
     for group in parser._action_groups:
-        if group.title in IDENTITY:
+        if group.title in ("data", "warm-up", "schedule", "method", "network"):
             for action in group._group_actions:
                 settings[action.dest] = str(getattr(args, action.dest))
     return args, settings
@@ -339,11 +336,6 @@ def pixel_entropy(logits: Tensor) -> Tensor:
     return (-log_p.exp() * log_p / math.log(logits.shape[1])).sum(1)
 
 
-def entropy_loss(logits: Tensor) -> Tensor:
-    """Mean entropy of the pixels: logits (B,C,H,W) to a scalar in [0, 1]."""
-    return pixel_entropy(logits).mean()
-
-
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, mean over labelled pixels; 0 if there is none.
 
@@ -467,8 +459,7 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
     for name, label, bins in predictions():
         static = choose_static(args, label, bins, thresholds).byte()
         labelled += (static != IGNORE).double().mean().cpu()
-        path = partial / "labels" / f"{name}.png"
-        common.write_png(path, static.cpu().numpy(), C)
+        common.write_png(partial / "labels" / f"{name}.png", static.cpu().numpy(), C)
     covered = common.over_ranks(labelled).item()  # when all ranks have written their labels
     if common.rank() == 0:
         about["thresholds"] = thresholds.tolist()
@@ -558,9 +549,8 @@ def label_statistics(labelled_pairs, device) -> dict:
     result = {}
     for kind, own in counts.items():
         pixels, covered, hits = common.over_ranks(own).tolist()
-        result[kind] = {"coverage": 100 * covered / pixels, "accuracy": None}
-        if covered:
-            result[kind]["accuracy"] = 100 * hits / covered
+        accuracy = 100 * hits / covered if covered else None
+        result[kind] = {"coverage": 100 * covered / pixels, "accuracy": accuracy}
     return result
 
 
@@ -630,7 +620,7 @@ def train(args, settings, source, target_images, validation, initial, device):
         G.compile(dynamic=False)  # in place: the names in checkpoints stay
     autocast = common.autocast(device, args.amp)
     cross_entropy = common.compiled(segmentation_loss, args.compile)
-    mean_entropy = common.compiled(entropy_loss, args.compile)
+    entropy = common.compiled(pixel_entropy, args.compile)
     stop_signal = common.StopSignal()
 
     for it in range(start, total + 1):
@@ -652,13 +642,11 @@ def train(args, settings, source, target_images, validation, initial, device):
 
         # ---- a new round, or the one to go on with: static labels and batches with them
         if target_images and (it == start or step == 0):
-            labels_folder = args.out / f"round{round_}"
+            folder = args.out / f"round{round_}"
             made_from = {"labels": labels}
             if step == 0:
-                made_from = make_static_labels(
-                    args, settings, G, target_images, labels_folder, device
-                )
-            static = read_static_labels(labels_folder, target_images, made_from)
+                made_from = make_static_labels(args, settings, G, target_images, folder, device)
+            static = read_static_labels(folder, target_images, made_from)
             labels = static["labels"]
             reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
             if round_ not in reported:
@@ -673,7 +661,7 @@ def train(args, settings, source, target_images, validation, initial, device):
                 report_labels(log, it, round_, static, statistics)
             files = {}
             for name, path in target_images.items():
-                files[name] = (path, labels_folder / "labels" / f"{name}.png")
+                files[name] = (path, folder / "labels" / f"{name}.png")
             target = common.Labelled(
                 files, "folder", C, pseudo=True, transform=source.transform, seed=args.seed + 1
             )
@@ -731,8 +719,8 @@ def train(args, settings, source, target_images, validation, initial, device):
             # L = λ_ce (CE_S + w CE_T) + λ_ent (H_S + w H_T) + λ_FCL L_FCL + λ_BCL L_BCL
             # with w = 1 in P
             loss_ce_t = cross_entropy(logits_t, y_t_full)
-            loss_ent_s = mean_entropy(logits_s)
-            loss_ent_t = mean_entropy(logits_t)
+            loss_ent_s = entropy(logits_s).mean()
+            loss_ent_t = entropy(logits_t).mean()
             fcl = [contrastive_loss(f_t[b], y_t[b], p_s[b], args.temperature) for b in batch]
             bcl = [contrastive_loss(f_s[b], y_s[b], p_t[b], args.temperature) for b in batch]
             loss_fcl = sum(fcl) / len(fcl)
@@ -762,8 +750,8 @@ def train(args, settings, source, target_images, validation, initial, device):
             log.losses(it + 1, device, lr=lr, round=round_)
 
     if target_images and validation and common.rank() == 0:
-        labels_folder = args.out / f"round{args.rounds - 1}"
-        static = read_static_labels(labels_folder, target_images, {"labels": labels})
+        folder = args.out / f"round{args.rounds - 1}"
+        static = read_static_labels(folder, target_images, {"labels": labels})
         pairs = [(validation[0], source[0, i]) for i in (0, len(source) // 2)]
         labelled = labels_of_pairs(args, state, static["thresholds"], pairs, device)
         draw_labels(args.out / "labels.png", labelled, C)

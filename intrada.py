@@ -69,9 +69,6 @@ DEMO = dict(
     eval_every=200, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
 RECIPES = ("released", "paper")
-# Flags of these groups make a run what it is (for stage 3 those of "ranking", too); the others may
-# change when it goes on.
-IDENTITY = ("data", "schedule", "method", "network")
 SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720)}
 
 
@@ -172,9 +169,9 @@ def parse() -> tuple:
         released = 90_000 if args.source == "synthia" else 120_000
         args.stop_iters = min(args.max_iters, released)
     check(args)
-    settings = {}
+    settings = {}  # flags of other groups, but for stage 3 "ranking", may change when a run goes on
     for group in parser._action_groups:
-        if group.title in IDENTITY:
+        if group.title in ("data", "schedule", "method", "network"):
             for action in group._group_actions:
                 settings[action.dest] = str(getattr(args, action.dest))
     return args, settings
@@ -443,18 +440,15 @@ def rank_target(args, checkpoint: Path, images: dict, device):
     dataset = common.Images(images, args.target_size)
     rows = {}
     for item in common.one_by_one(dataset, args.workers, device):
+        name = item["name"]
         x = item["image"][None].to(device, non_blocking=True)
         logits = common.main_logits([G], x)  # (1, C, h, w)
         label = common.upsampled_argmax(logits, args.target_size)[0]  # (H, W)
         I_t = self_information(common.upsample(logits, args.target_size))  # (1, C, H, W)
         entropy = I_t.mean(dtype=torch.float64).item()
-        factor = 1.0
-        if C == 19:
-            factor = rarity_factor(set(label.unique().tolist()))
-        row = {"name": item["name"], "entropy": entropy, "normalized_entropy": entropy * factor}
-        rows[item["name"]] = row
-        path = partial / "labels" / f"{item['name']}.png"
-        common.write_png(path, label.cpu().numpy(), C)
+        factor = rarity_factor(set(label.unique().tolist())) if C == 19 else 1.0
+        rows[name] = {"name": name, "entropy": entropy, "normalized_entropy": entropy * factor}
+        common.write_png(partial / "labels" / f"{name}.png", label.cpu().numpy(), C)
     rows = common.merge_ranks(rows)  # when all ranks have written their labels
     if common.rank() == 0:
         ranked = sorted(rows.values(), key=lambda row: (row["entropy"], row["name"]))
@@ -527,14 +521,6 @@ def split(rows: list, ratio: float, normalized: bool) -> tuple:
     return names[:count], names[count:]
 
 
-def write_split(folder: Path, easy: list, hard: list):
-    """The split as easy.txt and hard.txt, for people: stage 3 computes it."""
-    if common.rank() == 0:
-        common.write_text(folder / "easy.txt", "".join(f"{name}\n" for name in easy))
-        common.write_text(folder / "hard.txt", "".join(f"{name}\n" for name in hard))
-    print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {folder / 'ranking.csv'}")
-
-
 # ====================================================================== main
 
 
@@ -581,14 +567,13 @@ def main():
             common.check_classes(source_root, target_root, args.num_classes)
         files = [*source.files, *aligned.values()]
         settings_1 = {**settings, "images": common.fingerprint(files)}
-        found = common.earlier_run(args.out / "stage1", settings_1)
-        unfinished = found is None or found["iter"] < args.stop_iters
-        if args.stage == "all" and unfinished and ranking.exists():
+        found = common.earlier_run(args.out / "stage1", settings_1) or {"iter": 0}
+        if args.stage == "all" and found["iter"] < args.stop_iters and ranking.exists():
             raise UserError(f"{ranking} is there before stage 1 is: remove it")
     settings_3 = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
     if "3" in stages:
         settings_3 = {**settings, **settings_3}
-    if stages != "1":  # stage 2 alone keeps the split that stage 3 has
+    if stages != "1":  # stage 2 alone, too: the split in its folder stays that of stage 3
         common.earlier_run(args.out / "stage3", settings_3)
 
     runs = {}
@@ -603,7 +588,10 @@ def main():
         rows = read_ranking(args, ranking, ranked_with, images)
         easy, hard = split(rows, args.ratio, args.normalize_entropy)
     if "2" in stages:
-        write_split(ranking, easy, hard)
+        if common.rank() == 0:  # for people: stage 3 computes the split
+            common.write_text(ranking / "easy.txt", "".join(f"{name}\n" for name in easy))
+            common.write_text(ranking / "hard.txt", "".join(f"{name}\n" for name in hard))
+        print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {ranking / 'ranking.csv'}")
     if "3" in stages:
         files = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
         source = common.Labelled(
