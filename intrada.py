@@ -537,6 +537,7 @@ def main():
     stages = "123" if args.stage == "all" else args.stage
     checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
     ranking = args.ranking or args.out / "stage2"
+    C = args.num_classes
 
     if (args.out / "warmup").exists() or (args.out / "last.pth").exists():
         raise UserError(f"--out {args.out} holds a run of bcl.py: choose another --out")
@@ -553,18 +554,14 @@ def main():
         raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
     if stages != "2":
         initial, settings["init"] = common.initial_weights(args.init)
-        validation = common.validation_set(
-            args.target, target_root, args.num_classes, args.target_size
-        )
+        validation = common.validation_set(args.target, target_root, C, args.target_size)
     if "1" in stages:
         source_root = common.dataset_root(args.source, args.data_root, args.source_root)
         pairs = common.list_pairs(args.source, source_root)
-        source = common.Labelled(
-            pairs, args.source, args.num_classes, args.source_size, seed=args.seed
-        )
+        source = common.Labelled(pairs, args.source, C, args.source_size, seed=args.seed)
         source.look()
         if args.source == args.target == "folder":
-            common.check_classes(source_root, target_root, args.num_classes)
+            common.check_classes(source_root, target_root, C)
         files = [*source.files, *aligned.values()]
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.earlier_run(args.out / "stage1", settings_1) or {"iter": 0}
@@ -594,13 +591,11 @@ def main():
         print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {ranking / 'ranking.csv'}")
     if "3" in stages:
         files = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
-        source = common.Labelled(
-            files, "folder", args.num_classes, args.target_size, pseudo=True, seed=args.seed
-        )
+        source = common.Labelled(files, "folder", C, args.target_size, pseudo=True, seed=args.seed)
         hard_images = {name: aligned[name] for name in hard if aligned}  # λ = 1: self-training
         target = common.Images(hard_images, args.target_size, seed=args.seed + 1)
-        digest = common.content_digest([ranking / "ranking.csv", ranking / "ranking.json"])
-        settings_3["ranking"] = digest
+        ranked = [ranking / "ranking.csv", ranking / "ranking.json"]
+        settings_3["ranking"] = common.content_digest(ranked)
         runs["stage 3"] = args.out / "stage3"
         train(args, settings_3, runs["stage 3"], source, target, validation, initial, device)
     if runs and validation and common.rank() == 0:
