@@ -172,21 +172,16 @@ def lock(out):
         except BlockingIOError:
             raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
         for leftover in Path(out).rglob(".*.tmp"):
-            owner = re.fullmatch(r"\.\d+\.(\d+)\.tmp", leftover.name)
-            if owner and leftover.is_file() and not process_lives(int(owner[1])):
-                leftover.unlink()
+            owner = re.fullmatch(r"\.\d+\.(\d{1,9})\.tmp", leftover.name)
+            if owner and leftover.is_file():
+                try:
+                    os.kill(int(owner[1]), 0)  # sends nothing: is there such a process?
+                except ProcessLookupError:
+                    leftover.unlink()
+                except PermissionError:  # yes, another user's
+                    pass
     wait_for_ranks()
     return file
-
-
-def process_lives(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def digest(chunks) -> str:
@@ -274,10 +269,8 @@ CLASS_TABLE = (
     ("motorcycle",     32,  12, (0, 0, 230)),
     ("bicycle",        33,  11, (119, 11, 32)),
 )  # fmt: skip
-CLASSES = tuple(row[0] for row in CLASS_TABLE)
-CITYSCAPES_IDS = tuple(row[1] for row in CLASS_TABLE)
-SYNTHIA_IDS = tuple(row[2] for row in CLASS_TABLE)
-PALETTE = np.array([row[3] for row in CLASS_TABLE], dtype=np.uint8)
+CLASSES, CITYSCAPES_IDS, SYNTHIA_IDS, COLOURS = zip(*CLASS_TABLE)
+PALETTE = np.array(COLOURS, dtype=np.uint8)
 ABSENT = {"synthia": (9, 14, 16)}  # trainIds of which a source has no pixel: terrain, truck, train
 SUBSET_16 = tuple(c for c in range(19) if c not in ABSENT["synthia"])
 SUBSET_13 = tuple(c for c in SUBSET_16 if c not in (3, 4, 5))  # also without wall, fence, pole
@@ -326,10 +319,9 @@ class AtrousHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.conv2d_list = nn.ModuleList()
-        for d in (6, 12, 18, 24):
-            conv = nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d)
-            self.conv2d_list.append(conv)
+        self.conv2d_list = nn.ModuleList(
+            nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d) for d in (6, 12, 18, 24)
+        )
         for conv in self.conv2d_list:
             nn.init.normal_(conv.weight, std=0.01)
 
@@ -415,8 +407,6 @@ class DeepLabV2(nn.Module):
             elif ".downsample." in name:
                 kind = "shortcut"
             groups[kind].append(parameter)
-        assert len(groups["conv1"]) == 1 and len(groups["shortcut"]) == 4
-        assert len(groups["convolution"]) == 3 * sum(self.layers)  # 99 in a ResNet-101
         return [{"params": groups[kind], "lr_factor": factors[kind]} for kind in factors]
 
 
@@ -433,17 +423,12 @@ def residual_stage(channels, planes: int, blocks: int, stride: int, dilation: in
 @contextlib.contextmanager
 def statistics_stay(block: nn.Module):
     """Inside, as in a checkpoint's second forward pass, BatchNorm's running statistics stay."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = None
+    before = [buffer.clone() for buffer in block.buffers()]
     try:
         yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked = count
+    finally:  # torch ends that pass with an exception
+        for buffer, value in zip(block.buffers(), before):
+            buffer.copy_(value)
 
 
 def set_mode(network: nn.Module, bn: str):
@@ -510,7 +495,6 @@ def read_checkpoint(path) -> dict:
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: check the path, and name the file, not a folder")
-    damaged = False
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -521,7 +505,8 @@ def read_checkpoint(path) -> dict:
                 with zipfile.ZipFile(path) as archive:
                     # a folder: torch reads nothing of what has this attribute
                     folders = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
-                    damaged = archive.testzip() or folders
+                    if archive.testzip() or folders:
+                        raise ValueError
             with warnings.catch_warnings():  # torch warns of TorchScript files, and refuses them
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -530,8 +515,8 @@ def read_checkpoint(path) -> dict:
     except MemoryError:
         raise
     except Exception:  # a damaged file can make torch stumble anywhere
-        damaged = True
-    if damaged or not isinstance(content, dict):
+        content = None
+    if not isinstance(content, dict):
         hint = 'bring it again, or save {"state_dict": network.state_dict()} alone'
         raise UserError(f"{path} is damaged, no state dict, or holds objects beside it: {hint}")
     return content
@@ -554,9 +539,11 @@ def plain_state(content: dict, path) -> dict:
         if name in state:
             raise UserError(f"{path} holds {name} under two prefixes: save one network in one file")
         state[name] = value
-        odd = value.layout is not torch.strided or value.is_quantized or value.is_nested
-        if odd or value.is_meta or value.is_complex():
-            raise UserError(f"{path}: {name} is no plain dense tensor: save it as float32")
+        counter = name.endswith("num_batches_tracked")
+        dense = value.layout is torch.strided and not (value.is_nested or value.is_meta)
+        if not dense or not (counter or value.is_floating_point()):
+            kind = f"{value.layout}, {value.dtype}"
+            raise UserError(f"{path}: {name} is no dense tensor of floats ({kind}): save as float32")
         if value.is_floating_point() and not value.float().isfinite().all():  # float(): for float8
             raise UserError(f"{path}: {name} holds NaN or infinite values: take an earlier file")
         if name.endswith("running_var") and (value.float() < 0).any():
@@ -600,11 +587,11 @@ def parse_weights(content: dict, path="weights") -> tuple:
         kept["conv1.weight"] = (stem.float() / (255 * std)).flip(1)
         return "torchvision ResNet", kept, skipped
     if any(name.startswith("target_conv1.") for name in state):
-        names = [name for name in state if name.startswith("target_")]
-        own_stem = {name.removeprefix("target_"): state[name] for name in names}
-        kept, skipped = without(state, "target_", "layer6.", *own_stem)
-        skipped = [name for name in skipped if name not in names]
-        return "BCL release", layer5_as_main({**kept, **own_stem}), skipped
+        of_target = [name for name in state if name.startswith("target_")]
+        of_source = [name.removeprefix("target_") for name in of_target]
+        kept, skipped = without(state, "layer6.", *of_source)
+        kept = {name.removeprefix("target_"): value for name, value in kept.items()}
+        return "BCL release", layer5_as_main(kept), skipped
     if aux_channels and main_channels == 2 * aux_channels:
         return "AdvEnt / IntraDA checkpoint", state, []
     if main_channels and not aux_channels:
@@ -631,12 +618,10 @@ def load_weights(network: DeepLabV2, content, path="weights"):
     own = network.state_dict()
     heads = ("layer5.", "layer6.")
     absent = tuple(head for head in heads if not any(name.startswith(head) for name in state))
-    initialised = []
+    initialised = [name for name in own if name.startswith(absent)]
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
-    for name in own:
-        if name in state or name.endswith("num_batches_tracked"):
-            continue
-        (initialised if name.startswith(absent) else wrong).append(name)
+    missing = [name for name in own if name not in state and name not in initialised]
+    wrong += [name for name in missing if not name.endswith("num_batches_tracked")]
     if wrong:
         name = wrong[0]
         found = tuple(state[name].shape) if name in state else "missing"
@@ -645,9 +630,6 @@ def load_weights(network: DeepLabV2, content, path="weights"):
         flags += f", --layers {','.join(map(str, network.layers))}"
         where = f"{name} is {found} in the file and {wanted} in the network"
         raise UserError(f"{path} ({kind}) does not fit: {where}; check {flags}")
-    for name, value in state.items():
-        if own[name].is_floating_point() and not value.is_floating_point():
-            raise UserError(f"{path} ({kind}): {name} has type {value.dtype}: save it as float32")
     network.load_state_dict({**own, **state})
     return WeightReport(kind, list(state), skipped, initialised)
 
@@ -920,10 +902,9 @@ def read_ids(path) -> np.ndarray:
     if image.mode not in ("P", "L", "1"):
         raise UserError(f"{path} has mode {image.mode}: bring ids of 8 bits a pixel, not colours")
     ids = np.asarray(image).astype(np.uint8)
-    with open(path, "rb") as file:
-        bits = file.read(25)[24]  # in every PNG's first chunk
-    if image.mode == "L" and bits in (2, 4):
-        ids = ids // (255 // (2**bits - 1))  # Pillow stretches grey of few bits to 0..255
+    if image.mode == "L":  # Pillow stretches grey of 2 and 4 bits to 0..255
+        bits = Path(path).read_bytes()[24]  # in every PNG's first chunk
+        ids = ids // (255 // (2**bits - 1))
     return ids
 
 
@@ -1276,10 +1257,8 @@ def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_ima
             on_image(item["name"], logits, prediction)
     confusion = over_ranks(confusion).cpu()
     result = scores(confusion, dataset.classes)
-    result["confusion"] = confusion
-    result["images"] = len(dataset)
-    result["seconds"] = time.perf_counter() - begin
-    return result
+    seconds = time.perf_counter() - begin
+    return {**result, "confusion": confusion, "images": len(dataset), "seconds": seconds}
 
 
 def score_table(columns: dict) -> str:
@@ -1476,12 +1455,8 @@ def save(path, it: int, settings: dict, state: dict, **more):
 def read_log(path) -> list:
     """The records of a log.jsonl, each a dict with "iter", scores in percent or None; other lines,
     say one that a kill cut or a hand edited, are left out."""
-    try:
-        lines = Path(path).read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"no log at {path} ({error.strerror}): check the path")
     records = []
-    for line in lines:
+    for line in Path(path).read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
             record = json.loads(line)
             percents = [value for name, value in record.items() if name.startswith("miou")]
@@ -1508,15 +1483,15 @@ class Log:
         self.records = [record for record in kept if record["iter"] <= start]
         evaluations = [record for record in self.records if record.get("event") == "evaluation"]
         self.evaluated = {record["iter"]: mean_iou(record) for record in evaluations}
+        if rank() == 0:
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         if start >= iters and self.records:
             print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
         else:
-            header = {"iter": start, "event": "start", "stage": stage, "iters": iters}
-            self.records.append({**header, "about": about, "settings": settings, **versions()})
+            header = {"event": "start", "stage": stage, "iters": iters, "about": about}
+            self.write(iter=start, **header, settings=settings, **versions())
             goes_on = f"; goes on from iteration {start}" if start else ""
             print(f"{stage}: {about}{goes_on}", flush=True)
-        if rank() == 0:
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def restart_clock(self, it: int):
         self.since = it

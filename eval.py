@@ -443,7 +443,7 @@ def group_runs(paths: list) -> list:
             add_run(rows, path)
         except UserError as error:
             print(f"left out: {path} {error}")
-        except (AttributeError, LookupError, TypeError, ValueError):
+        except (AttributeError, LookupError, OSError, TypeError, ValueError):
             print(f"left out: {path} is no log of a training run")
     if not rows:
         raise UserError("--compare: none of these runs ended with an evaluation, train on first")
