@@ -695,28 +695,24 @@ class Layout(NamedTuple):
     image_suffixes: tuple = (".png",)
     label_suffix: str = ".png"
     ids: tuple = CITYSCAPES_IDS  # label id of every trainId
-    by_file_name: bool = False  # images and labels pair by file name alone, not by path
 
 
 TRAIN_IDS = tuple(range(19))
 PHOTOS = (".png", ".jpg", ".jpeg")
-ANON = (("_rgb_anon.png",), "_gt_labelIds.png")  # suffixes of ACDC and Dark Zurich
+FINE = (("_leftImg8bit.png",), "_gtFine_labelIds.png")  # suffixes of Cityscapes
+ANON = (("_rgb_anon.png",), "_gt_labelIds.png")  # of ACDC and Dark Zurich
 # The first layout of a dataset whose image folder exists is taken.
 LAYOUTS = {
     "gta5": (
-        Layout("images", "labels", by_file_name=True),
-        Layout("*_images/images", "*_labels/labels", by_file_name=True),  # ten archives, unpacked
+        Layout("images", "labels"),
+        Layout("*_images/images", "*_labels/labels"),  # ten archives, unpacked
     ),
     "synthia": (
         Layout("RAND_CITYSCAPES/RGB", "RAND_CITYSCAPES/GT/LABELS", ids=SYNTHIA_IDS),  # the archive
         Layout("RGB", "GT/LABELS", ids=SYNTHIA_IDS),
     ),
     "synscapes": (Layout("img/rgb", "img/class"),),
-    "cityscapes": (
-        Layout(
-            "leftImg8bit/{split}", "gtFine/{split}", ("_leftImg8bit.png",), "_gtFine_labelIds.png"
-        ),
-    ),
+    "cityscapes": (Layout("leftImg8bit/{split}", "gtFine/{split}", *FINE),),
     "acdc": (Layout("rgb_anon/*/{split}", "gt/*/{split}", *ANON),),
     "darkzurich": (Layout("rgb_anon/{split}/night", "gt/{split}/night", *ANON),),
     "bdd100k": (
@@ -766,11 +762,11 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
 CONTROL = "[\0-\x1f\x85\u2028\u2029\ud800-\udfff]"  # with line breaks, and what is no UTF-8
 
 
-def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_name: bool) -> dict:
+def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     """{name: path} of the files below the folders that match the pattern, in order.
 
-    The name is the path below the pattern's part before a *, or with by_file_name the file's own
-    name, without the suffix.
+    The name is the path below the pattern's part before a *, without the suffix; for GTA5, whose
+    folders of images and labels differ, the file's own name.
     """
     folders = sorted(path for path in root.glob(pattern) if path.is_dir())
     if not folders:
@@ -792,7 +788,7 @@ def list_files(root: Path, pattern: str, suffixes: tuple, kind: str, by_file_nam
                 if suffix is None or name.startswith("."):
                     continue
                 path = Path(parent, name)
-                below = name if by_file_name else path.relative_to(base).as_posix()
+                below = name if kind == "gta5" else path.relative_to(base).as_posix()
                 key = below[: -len(suffix)]
                 if re.search(CONTROL, key):  # names become lines of text files
                     raise UserError(f"{str(path)!a}: control character or no UTF-8, rename it")
@@ -813,16 +809,15 @@ def numeric_order(key: str) -> tuple:
 def list_images(kind: str, root, split: str = "train") -> dict:
     """{name: image path} of a dataset. Knows nothing of labels: the target is read from this."""
     layout = find_layout(kind, Path(root), split)
-    pattern = layout.images.format(split=split)
-    return list_files(Path(root), pattern, layout.image_suffixes, kind, layout.by_file_name)
+    return list_files(kind, Path(root), layout.images.format(split=split), layout.image_suffixes)
 
 
 def list_pairs(kind: str, root, split: str = "train") -> dict:
     """{name: (image path, label path)}; an image or a label without a partner is refused."""
     layout = find_layout(kind, Path(root), split)
-    pattern = layout.labels.format(split=split)
     images = list_images(kind, root, split)
-    labels = list_files(Path(root), pattern, (layout.label_suffix,), kind, layout.by_file_name)
+    pattern = layout.labels.format(split=split)
+    labels = list_files(kind, Path(root), pattern, (layout.label_suffix,))
     lonely = sorted(images.keys() ^ labels.keys())
     if lonely:
         counts = f"{len(images)} images but {len(labels)} labels"
@@ -1035,11 +1030,11 @@ class Labelled(Images):
 def validation_set(kind: str, root, num_classes: int, size):
     """The labelled val images for `evaluate`, after a look at a few; None where there are none."""
     layout = find_layout(kind, Path(root), "val")
-    for pattern in (layout.images, layout.labels):
-        found = any(Path(root).glob(pattern.format(split="val")))
-        if "{split}" not in pattern or not found:
-            print(f"no labelled val images in {root}: training is not evaluated")
-            return None
+    patterns = (layout.images.format(split="val"), layout.labels.format(split="val"))
+    has_both = all(any(Path(root).glob(pattern)) for pattern in patterns)
+    if "{split}" not in layout.images or not has_both:
+        print(f"no labelled val images in {root}: training is not evaluated")
+        return None
     return to_evaluate(list_pairs(kind, root, "val"), kind, root, num_classes, size)
 
 
@@ -1378,9 +1373,7 @@ class StopSignal:
 
     def agreed(self) -> int:
         """The signal that came, to this or to another rank; 0 for none."""
-        if world() > 1:
-            self.number = int(over_ranks(torch.tensor(self.number), "MAX"))
-        return self.number
+        return int(over_ranks(torch.tensor(self.number), "MAX"))
 
     def close(self):
         for number, handler in self.before.items():
@@ -1635,8 +1628,12 @@ def write_panel(path, networks: dict, dataset: Images, indices, device, entropy)
     write_grid(path, [*titles, *networks, "entropy"], rows, network.num_classes)
 
 
+@full_precision()
+@torch.inference_mode()
 def report(out, runs: dict, validation: Labelled, device, entropy):
-    """Print the last scores of runs {title: folder} and draw their predictions, out/panel.png."""
+    """Print the last scores of runs {title: folder} and draw their predictions, out/panel.png, for
+    the two images of lowest and the two of highest mean entropy, of at most 24 that are spread over
+    the set; entropy as in `write_panel`, of the last run."""
     columns = {}
     networks = {}
     for title, folder in runs.items():
@@ -1645,21 +1642,12 @@ def report(out, runs: dict, validation: Labelled, device, entropy):
         networks[title] = load(Path(folder) / "last.pth").to(device)
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(score_table(columns))
-    shown = easy_and_hard(networks[title], validation, device, entropy)
-    write_panel(Path(out) / "panel.png", networks, validation, shown, device, entropy)
-    print(f"\npictures: {Path(out) / 'panel.png'}")
-
-
-@full_precision()
-@torch.inference_mode()
-def easy_and_hard(network: DeepLabV2, dataset: Images, device, entropy) -> list:
-    """Indices of the two images of lowest and the two of highest mean entropy, of at most 24 that
-    are spread over the set."""
-    network = inference_copy(network)
+    network = inference_copy(networks[title])
     means = {}
-    for index in spread(len(dataset), 24):
-        image = resize(dataset.open(index)[0], dataset.size, "image")
-        logits = main_logits([network], pil_to_tensor(image)[None].to(device))
+    for index in spread(len(validation), 24):
+        logits = main_logits([network], validation[index]["image"][None].to(device))
         means[index] = entropy(logits).mean().item()
     order = sorted(means, key=means.get)
-    return list(dict.fromkeys(order[:2] + order[-2:]))
+    shown = list(dict.fromkeys(order[:2] + order[-2:]))
+    write_panel(Path(out) / "panel.png", networks, validation, shown, device, entropy)
+    print(f"\npictures: {Path(out) / 'panel.png'}")
