@@ -427,8 +427,7 @@ def confident_prediction(network, image: Tensor, out_size: tuple) -> tuple:
     return label, confidence_bins(confidence)
 
 
-@common.full_precision()
-@torch.no_grad()
+@common.predicting()
 def make_static_labels(args, settings, G, images: dict, folder: Path, device) -> dict:
     """Write the static labels of a round: <folder>/labels/<name>.png and <folder>/labels.json.
 
@@ -504,7 +503,7 @@ def labels_of_pairs(args, state: dict, thresholds: list, pairs, device):
     encoder = copy.deepcopy(state["model"])  # in training mode, with statistics of its own
     bounds = torch.tensor(thresholds, device=device)
     for item, pair in pairs:
-        with common.full_precision(), torch.no_grad():
+        with common.predicting():
             image_t = item["image"].to(device)
             image_s = pair["image"].to(device)
             prediction, bins = confident_prediction(predictor, image_t, args.target_size)

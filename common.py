@@ -658,10 +658,8 @@ def load(path) -> DeepLabV2:
     network = DeepLabV2(num_classes, blocks, width, aux=head_channels(state, "layer5") > 0)
     network.report = load_weights(network, content, path)
     network.input_size = (1460, 730) if kind == "BCL release" else (1024, 512)
-    known = content.get("input_size")
-    if isinstance(known, (tuple, list)) and len(known) == 2:
-        if all(isinstance(side, int) and 32 <= side <= 4096 for side in known):
-            network.input_size = tuple(known)
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # not there, or no size
+        network.input_size = size("x".join(map(str, content["input_size"])))
     return network.eval()
 
 
@@ -759,9 +757,6 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
     return LAYOUTS[kind][0]
 
 
-CONTROL = "[\0-\x1f\x85\u2028\u2029\ud800-\udfff]"  # with line breaks, and what is no UTF-8
-
-
 def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     """{name: path} of the files below the folders that match the pattern, in order.
 
@@ -790,7 +785,8 @@ def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
                 path = Path(parent, name)
                 below = name if kind == "gta5" else path.relative_to(base).as_posix()
                 key = below[: -len(suffix)]
-                if re.search(CONTROL, key):  # names become lines of text files
+                # Names become lines of text files: no line breaks, and nothing but UTF-8.
+                if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff]", key):
                     raise UserError(f"{str(path)!a}: control character or no UTF-8, rename it")
                 if key in found:
                     raise UserError(f"{found[key]} and {path} have one name: remove one")
@@ -831,8 +827,7 @@ def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     path = Path(root) / "classes.txt"
     if kind != "folder" or not path.is_file():
         return class_names(num_classes)
-    lines = read_lines(path)
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in read_lines(path) if line.strip()]
     if not len(names) == len(set(names)) == num_classes:
         counts = f"{len(names)} names, {len(set(names))} different ones"
         raise UserError(f"{path} has {counts}: give one for each of --num-classes {num_classes}")
@@ -1181,12 +1176,13 @@ def upsampled_argmax(logits: Tensor, size: tuple) -> Tensor:
 
 
 @contextlib.contextmanager
-def full_precision():
-    """Inside, CUDA's convolutions do without TF32: predictions are those of float32."""
+def predicting():
+    """Inside, no gradients, and CUDA's convolutions do without TF32: predictions are float32's."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
@@ -1197,8 +1193,7 @@ def main_logits(networks: list, images: Tensor) -> Tensor:
     return sum(network(x).main for network in networks) / len(networks)
 
 
-@full_precision()
-@torch.inference_mode()
+@predicting()
 def predict(network: DeepLabV2, image, size=None) -> Tensor:
     """(H,W) uint8 trainIds of one image at its own size; (B,H,W) of a batch.
 
@@ -1228,8 +1223,7 @@ def same_area(size: tuple, like: tuple) -> tuple:
     return tuple(max(32, round(side * factor)) for side in size)
 
 
-@full_precision()
-@torch.inference_mode()
+@predicting()
 def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_image=None) -> dict:
     """`scores` of the networks' mean logits over a dataset with native-size labels, with
     "confusion" (C,C) int64, "images" and "seconds".
@@ -1323,7 +1317,7 @@ def set_up(name) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = True  # in training; see full_precision
+        torch.backends.cudnn.allow_tf32 = True  # in training; see predicting
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
@@ -1602,8 +1596,7 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
     write_png(path, np.asarray(picture))
 
 
-@full_precision()
-@torch.inference_mode()
+@predicting()
 def write_panel(path, networks: dict, dataset: Images, indices, device, entropy):
     """One PNG with a row for each of these images of the dataset: image, ground truth if it has
     labels, prediction of each of {title: network}, entropy of the last (black 0, white 1).
@@ -1628,8 +1621,7 @@ def write_panel(path, networks: dict, dataset: Images, indices, device, entropy)
     write_grid(path, [*titles, *networks, "entropy"], rows, network.num_classes)
 
 
-@full_precision()
-@torch.inference_mode()
+@predicting()
 def report(out, runs: dict, validation: Labelled, device, entropy):
     """Print the last scores of runs {title: folder} and draw their predictions, out/panel.png, for
     the two images of lowest and the two of highest mean entropy, of at most 24 that are spread over

@@ -391,9 +391,8 @@ def segment_images(args):
             print(f"left out: {item}")
             continue
         photo, image = item
-        x = image[None].to(device)
-        with torch.inference_mode(), common.full_precision():
-            logits = common.main_logits(networks, x)
+        with common.predicting():
+            logits = common.main_logits(networks, image[None].to(device))
             prediction = common.upsampled_argmax(logits, photo.size)[0]
         write_pictures(plan, name, logits, prediction, photo)
     print(f"{len(images) - len(errors)} images, in {args.save_dir or args.label_ids}")
@@ -547,8 +546,7 @@ def pick(labels: Tensor, height: int, width: int) -> Tensor:
     return labels
 
 
-@torch.inference_mode()
-@common.full_precision()
+@common.predicting()
 def sample_features(network, dataset: common.Labelled, workers: int, domain: int, device) -> tuple:
     """(features (N,D), label (N,), domain (N,), is_prototype (N,)) of one domain. At most
     FEATURE_POINTS of a class, every position as likely as any other, and then the prototypes, each

@@ -414,8 +414,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
 # ====================================================================== stage 2: ranking
 
 
-@common.full_precision()
-@torch.no_grad()
+@common.predicting()
 def rank_target(args, checkpoint: Path, images: dict, device):
     """Predict all target images once and write <out>/stage2/.
 
