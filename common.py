@@ -445,17 +445,14 @@ def inference_copy(network: DeepLabV2) -> DeepLabV2:
     `network` stays as it is."""
     network = copy.deepcopy(network).eval()
     network.layer5 = None
-    network.conv1 = fuse_conv_bn_eval(network.conv1, network.bn1)
-    network.bn1 = nn.Identity()
-    for block in network.modules():
-        if not isinstance(block, Bottleneck):
-            continue
+    for module in network.modules():
         for i in (1, 2, 3):
-            conv = fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
-            setattr(block, f"conv{i}", conv)
-            setattr(block, f"bn{i}", nn.Identity())
-        if block.downsample is not None:
-            block.downsample = fuse_conv_bn_eval(*block.downsample)
+            if hasattr(module, f"bn{i}"):  # the stem has one, a block three
+                conv = fuse_conv_bn_eval(getattr(module, f"conv{i}"), getattr(module, f"bn{i}"))
+                setattr(module, f"conv{i}", conv)
+                setattr(module, f"bn{i}", nn.Identity())
+        if isinstance(module, Bottleneck) and module.downsample is not None:
+            module.downsample = fuse_conv_bn_eval(*module.downsample)
     # CPUs are 3 times as fast where the number of output channels is a multiple of 16.
     extra = -network.num_classes % 16
     for conv in network.layer6.conv2d_list:
@@ -543,7 +540,7 @@ def plain_state(content: dict, path) -> dict:
         dense = value.layout is torch.strided and not (value.is_nested or value.is_meta)
         if not dense or not (counter or value.is_floating_point()):
             kind = f"{value.layout}, {value.dtype}"
-            raise UserError(f"{path}: {name} is no dense tensor of floats ({kind}): save as float32")
+            raise UserError(f"{path}: {name} is no dense float tensor ({kind}): save it as float32")
         if value.is_floating_point() and not value.float().isfinite().all():  # float(): for float8
             raise UserError(f"{path}: {name} holds NaN or infinite values: take an earlier file")
         if name.endswith("running_var") and (value.float() < 0).any():
@@ -1096,10 +1093,9 @@ def read_items(dataset: Dataset, workers: int, device, **options):
     These start with SIGINT and SIGTERM blocked: a signal to the whole group reaches this process
     alone, which saves and then ends them.
     """
-    options["pin_memory"] = device.type == "cuda"
     if workers:
-        options["prefetch_factor"] = 4
-    loader = DataLoader(dataset, num_workers=workers, **options)
+        options.update(num_workers=workers, prefetch_factor=4)
+    loader = DataLoader(dataset, pin_memory=device.type == "cuda", **options)
     if sys.platform == "win32":  # where signals cannot be blocked
         return iter(loader)
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -1518,8 +1514,8 @@ class Log:
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         rate = (it - self.since) / seconds
         speed = {"it_per_s": rate, "seconds": seconds, "data_seconds": self.waited}
-        memory = peak_memory_mb(device)
-        self.write(iter=it, **losses, **more, **speed, peak_memory_mb=memory)
+        speed["peak_memory_mb"] = peak_memory_mb(device)
+        self.write(iter=it, **losses, **more, **speed)
         text = "  ".join(f"{term.removeprefix('loss_')} {x:.3f}" for term, x in losses.items())
         left = f"{rate:.2f} it/s  {(self.iters - it) / max(rate, 1e-9) / 60:.1f} min left"
         print(f"{self.stage} {it}/{self.iters}  {text}  {left}", flush=True)
