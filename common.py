@@ -541,7 +541,7 @@ def plain_state(content: dict, path) -> dict:
         if not dense or not (counter or value.is_floating_point()):
             kind = f"{value.layout}, {value.dtype}"
             raise UserError(f"{path}: {name} is no dense float tensor ({kind}): save it as float32")
-        if value.is_floating_point() and not value.float().isfinite().all():  # float(): for float8
+        if not value.float().isfinite().all():  # float(): for float8
             raise UserError(f"{path}: {name} holds NaN or infinite values: take an earlier file")
         if name.endswith("running_var") and (value.float() < 0).any():
             raise UserError(f"{path}: {name} holds a variance below 0: the file is damaged")
@@ -1409,8 +1409,7 @@ def resume(folder, settings: dict, state: dict) -> tuple:
             part.load_state_dict(content[name])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        path = Path(folder) / "last.pth"
-        raise UserError(f"{path} does not fit this run ({reason}): remove the folder")
+        raise UserError(f"last.pth in {folder} does not fit this run ({reason}): remove the folder")
     return content["iter"], content
 
 
@@ -1421,11 +1420,10 @@ def save(path, it: int, settings: dict, state: dict, **more):
 
     No random state is needed: order and augmentation follow from seed and iteration.
     """
-    for part in state.values():
-        tensors = part.state_dict().values() if isinstance(part, nn.Module) else ()
-        finite = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-        if finite and not torch.stack(finite).all():
-            raise UserError(f"a weight is not finite at iteration {it}: lower --lr; not saved")
+    networks = nn.ModuleList(part for part in state.values() if isinstance(part, nn.Module))
+    finite = [tensor.isfinite().all() for tensor in networks.state_dict().values()]
+    if not torch.stack(finite).all():
+        raise UserError(f"a weight is not finite at iteration {it}: lower --lr; not saved")
     if rank() == 0:
         content = {name: part.state_dict() for name, part in state.items()}
         input_size = state["model"].input_size
