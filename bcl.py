@@ -397,16 +397,18 @@ def top_bins(histogram: Tensor, ratio: float) -> Tensor:
     return torch.where(some, enough - 1, BINS)
 
 
-def choose_static(args, prediction: Tensor, bins: Tensor, thresholds: Tensor) -> Tensor:
+def choose_static(
+    prediction: Tensor, bins: Tensor, thresholds: Tensor, ratio: float, absent: tuple = ()
+) -> Tensor:
     """y_F: the prediction where its confidence is in the top ratio of its class or of this image.
 
     prediction (H,W) trainIds, bins (H,W) confidence in 0..BINS-1, thresholds (C,) of `top_bins` ->
-    (H,W) int64. Classes of which the source has no pixel get no label.
+    (H,W) int64. absent: classes of which the source has no pixel; they get no label.
     """
     histogram = bins.flatten().bincount(minlength=BINS)
-    own = top_bins(histogram[None], args.static_ratio)  # (1,)
+    own = top_bins(histogram[None], ratio)  # (1,)
     keep = (bins >= thresholds[prediction]) | (bins >= own)
-    for c in common.ABSENT.get(args.source, ()):
+    for c in absent:
         keep &= prediction != c
     return torch.where(keep, prediction, IGNORE)
 
@@ -440,6 +442,7 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
     if folder.exists():
         return about
     predictor = label_network(G, args.label_bn)
+    absent = common.ABSENT.get(args.source, ())
     dataset = common.Images(images, args.target_size)
     C = args.num_classes
 
@@ -456,7 +459,7 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
     labelled = torch.zeros((), dtype=torch.float64)
     partial = folder.with_name(f"{folder.name}.partial")
     for name, label, bins in predictions():
-        static = choose_static(args, label, bins, thresholds).byte()
+        static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
         labelled += (static != IGNORE).double().mean().cpu()
         common.write_png(partial / "labels" / f"{name}.png", static.cpu().numpy(), C)
     covered = common.over_ranks(labelled).item()  # when all ranks have written their labels
@@ -502,12 +505,13 @@ def labels_of_pairs(args, state: dict, thresholds: list, pairs, device):
     predictor = label_network(state["model"], args.label_bn)
     encoder = copy.deepcopy(state["model"])  # in training mode, with statistics of its own
     bounds = torch.tensor(thresholds, device=device)
+    absent = common.ABSENT.get(args.source, ())
     for item, pair in pairs:
         with common.predicting():
             image_t = item["image"].to(device)
             image_s = pair["image"].to(device)
             prediction, bins = confident_prediction(predictor, image_t, args.target_size)
-            static = choose_static(args, prediction, bins, bounds)
+            static = choose_static(prediction, bins, bounds, args.static_ratio, absent)
             f_s = encoder(common.normalize(image_s[None])).features
             f_t = encoder(common.normalize(image_t[None])).features
             y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])

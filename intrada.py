@@ -479,7 +479,7 @@ def ranking_content(folder: Path, rows: list) -> str:
     return common.content_digest([folder / "ranking.csv", *labels])
 
 
-def read_ranking(args, folder: Path, checkpoint, images: dict) -> list:
+def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size: tuple) -> list:
     """The rows {name, entropy, normalized_entropy} of a ranking; refuses one that is damaged, of
     other images, classes or input size, or of another checkpoint than `checkpoint` (None: any; the
     file that it names, if it is still there, must not have changed)."""
@@ -500,8 +500,8 @@ def read_ranking(args, folder: Path, checkpoint, images: dict) -> list:
     expected = {
         "content": content,
         "images": common.fingerprint(images.values()),
-        "num_classes": args.num_classes,
-        "input_size": list(args.target_size),
+        "num_classes": num_classes,
+        "input_size": list(size),
     }
     ranked_with = checkpoint or named
     if ranked_with.exists():
@@ -566,10 +566,11 @@ def main():
         found = common.earlier_run(args.out / "stage1", settings_1) or {"iter": 0}
         if args.stage == "all" and found["iter"] < args.stop_iters and ranking.exists():
             raise UserError(f"{ranking} is there before stage 1 is: remove it")
-    settings_3 = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
-    if "3" in stages:
-        settings_3 = {**settings, **settings_3}
-    if stages != "1":  # stage 2 alone, too: the split in its folder stays that of stage 3
+    split_flags = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
+    settings_3 = {**settings, **split_flags}
+    if stages == "2":  # the split in its folder stays that of stage 3
+        common.earlier_run(args.out / "stage3", split_flags)
+    elif "3" in stages:
         common.earlier_run(args.out / "stage3", settings_3)
 
     runs = {}
@@ -581,7 +582,7 @@ def main():
         rank_target(args, checkpoint, images, device)
     if stages != "1":
         ranked_with = checkpoint if "2" in stages else None
-        rows = read_ranking(args, ranking, ranked_with, images)
+        rows = read_ranking(ranking, ranked_with, images, C, args.target_size)
         easy, hard = split(rows, args.ratio, args.normalize_entropy)
     if "2" in stages:
         if common.rank() == 0:  # for people: stage 3 computes the split
@@ -589,14 +590,17 @@ def main():
             common.write_text(ranking / "hard.txt", "".join(f"{name}\n" for name in hard))
         print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {ranking / 'ranking.csv'}")
     if "3" in stages:
-        files = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
-        source = common.Labelled(files, "folder", C, args.target_size, pseudo=True, seed=args.seed)
-        hard_images = {name: aligned[name] for name in hard if aligned}  # λ = 1: self-training
-        target = common.Images(hard_images, args.target_size, seed=args.seed + 1)
+        labels = ranking / "labels"
+        easy_set = common.Labelled(
+            {name: (images[name], labels / f"{name}.png") for name in easy},
+            "folder", C, args.target_size, pseudo=True, seed=args.seed,
+        )  # fmt: skip
+        hard_images = {name: aligned[name] for name in hard if name in aligned}
+        hard_set = common.Images(hard_images, args.target_size, seed=args.seed + 1)
         ranked = [ranking / "ranking.csv", ranking / "ranking.json"]
         settings_3["ranking"] = common.content_digest(ranked)
         runs["stage 3"] = args.out / "stage3"
-        train(args, settings_3, runs["stage 3"], source, target, validation, initial, device)
+        train(args, settings_3, runs["stage 3"], easy_set, hard_set, validation, initial, device)
     if runs and validation and common.rank() == 0:
         common.report(args.out, runs, validation, device, pixel_entropy)
 
