@@ -72,8 +72,10 @@ BOTH = pytest.mark.parametrize("module", [intrada, bcl])
 
 def words(flags):
     """Of a command line: a string is split at its spaces, a path or a number is one word."""
-    parts = [flag.split() if isinstance(flag, str) else [str(flag)] for flag in flags]
-    return sum(parts, [])
+    found = []
+    for flag in flags:
+        found += flag.split() if isinstance(flag, str) else [str(flag)]
+    return found
 
 
 def process(*command):
@@ -897,17 +899,15 @@ def test_intrada_is_the_textbook(alignment, recipe, bn, pairs):
     if bn == "running":
         for norm in G.modules():
             norm.train(not isinstance(norm, torch.nn.BatchNorm2d))
-    Ds = [intrada.discriminator(19, 4), intrada.discriminator(19, 4)]
+    Ds = torch.nn.ModuleDict({name: intrada.discriminator(19, 4) for name in ("main", "aux")})
     sgd = sgd_of(G, recipe)
-    adams = [torch.optim.Adam(D.parameters(), lr=1, betas=(0.9, 0.99)) for D in Ds]
+    adam = torch.optim.Adam(Ds.parameters(), lr=1, betas=(0.9, 0.99))
     for it in range(4):
         decay = (1 - it / 5) ** 0.9
         for group in sgd.param_groups:
             group["lr"] = 1e-3 * group["lr_factor"] * decay
-        for adam in adams:
-            adam.param_groups[0]["lr"] = 3e-4 * decay
-        for optimizer in (sgd, *adams):
-            optimizer.zero_grad()
+        adam.param_groups[0]["lr"] = 3e-4 * decay
+        sgd.zero_grad()
         S = G(batch_of(sources, 0, it))
         label = batch_of(labels, 0, it)
         loss = 0.9 * intrada.segmentation_loss(bigger(S.main), label)
@@ -917,21 +917,20 @@ def test_intrada_is_the_textbook(alignment, recipe, bn, pairs):
             T = G(batch_of(targets, 1, it))
         if alignment == "adversarial":
             # -log(1 - sigmoid(z)), for source, is softplus(z); -log sigmoid(z) is softplus(-z)
-            loss = 0.5 * F.softplus(Ds[0](information(T.main))).mean()
-            loss = loss + 0.2 * F.softplus(Ds[1](information(T.aux))).mean()
+            loss = 0.5 * F.softplus(Ds["main"](information(T.main))).mean()
+            loss = loss + 0.2 * F.softplus(Ds["aux"](information(T.aux))).mean()
             loss.backward()
-            for D, adam, s, t in zip(Ds, adams, S, T):
-                adam.zero_grad()
+            adam.zero_grad()
+            for D, s, t in zip(Ds.values(), S, T):
                 (F.softplus(D(information(s.detach()))).mean() / 2).backward()
                 (F.softplus(-D(information(t.detach()))).mean() / 2).backward()
-                adam.step()
+            adam.step()
         sgd.step()
-    both = torch.nn.ModuleDict({"main": Ds[0], "aux": Ds[1]})
     saved = last("run/stage1")
     sgd_0 = saved["g_optimizer"]["param_groups"][0]
     assert (sgd_0["momentum"], sgd_0["weight_decay"]) == (0.9, 5e-4)
     assert saved["d_optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
-    for name, part in (("model", G), ("discriminators", both)):
+    for name, part in (("model", G), ("discriminators", Ds)):
         assert_close(saved[name], part.state_dict(), rtol=5e-6, atol=5e-6)
     rates = [record["lr"] for record in records("run/stage1")]
     assert rates == approx([1e-3 * (1 - it / 5) ** 0.9 for it in range(4)])
