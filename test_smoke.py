@@ -1337,6 +1337,19 @@ def test_ctrl_c_saves_and_kill_9_leaves_no_lock():
     assert len(starts) == 3 and last("run/stage1")["iter"] == starts[2] + 2 >= starts[1] + 6
 
 
+def test_a_signal_that_comes_while_ranks_agree_is_kept():
+    def over_ranks(tensor, operation):
+        signal.raise_signal(signal.SIGTERM)
+        return tensor  # what the ranks had before
+
+    stop = common.StopSignal()
+    with mock.patch.object(common, "over_ranks", over_ranks):
+        assert stop.agreed() == 0
+    assert stop.agreed() == signal.SIGTERM
+    stop.number = 0  # else closing would raise it again
+    stop.close()
+
+
 def test_what_is_not_finite_is_named_and_not_saved():
     real = intrada.domain_loss
     calls = iter(range(100))
