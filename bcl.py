@@ -189,7 +189,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
+    g.add_argument("--compile", action=on_off, default=False, help="faster after a slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -61,7 +62,8 @@ def as_sentence(error: Exception):
         return "another of torchrun's processes ended; its message says why"
     if isinstance(error, OSError):
         name = error.filename or "input or output"
-        return f"{name}: {error.strerror or text}; check the path, its permissions and the disk"
+        reason = error.strerror or text.split("Error: ")[-1]  # a reading process's: as above
+        return f"{name}: {reason}; check the path, its permissions and the disk"
     return None
 
 
@@ -156,8 +158,9 @@ def write_png(path, array: np.ndarray, num_classes: int = None):
 def lock(out):
     """Keep other runs out of the folder `out` until this process ends; returns what must be kept.
 
-    A lock of fcntl belongs to this process: readers do not inherit it, and kill -9 ends it. The
-    temporary files that such a kill left are removed, now that no other run can be writing them.
+    A lock of fcntl belongs to this process: readers do not inherit it, and kill -9 ends it.
+    Temporary files whose process is gone, as such a kill leaves them, are removed; that of a living
+    one may be of a run whose --out lies inside this one.
     """
     import fcntl  # not on Windows, where evaluation still works
 
@@ -422,7 +425,8 @@ def residual_stage(channels, planes: int, blocks: int, stride: int, dilation: in
 
 @contextlib.contextmanager
 def statistics_stay(block: nn.Module):
-    """Inside, as in a checkpoint's second forward pass, BatchNorm's running statistics stay."""
+    """BatchNorm's running statistics are afterwards what they were: a checkpoint's second forward
+    pass must not move them again."""
     before = [buffer.clone() for buffer in block.buffers()]
     try:
         yield
@@ -509,12 +513,14 @@ def read_checkpoint(path) -> dict:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: reading it needs a package: pip install safetensors")
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
-    except Exception:  # a damaged file can make torch stumble anywhere
+    except Exception as error:  # a damaged file can make torch stumble anywhere
+        if "DefaultCPUAlloc" in str(error):  # torch's MemoryError
+            raise
         content = None
     if not isinstance(content, dict):
-        hint = 'bring it again, or save {"state_dict": network.state_dict()} alone'
+        hint = "bring it again, or save the state dict alone (a run's own: remove its folder)"
         raise UserError(f"{path} is damaged, no state dict, or holds objects beside it: {hint}")
     return content
 
@@ -758,7 +764,7 @@ def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     """{name: path} of the files below the folders that match the pattern, in order.
 
     The name is the path below the pattern's part before a *, without the suffix; for GTA5, whose
-    folders of images and labels differ, the file's own name.
+    archives unpack to 01_images/, 01_labels/ and so on, the file's own name.
     """
     folders = sorted(path for path in root.glob(pattern) if path.is_dir())
     if not folders:
@@ -771,7 +777,7 @@ def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     found = {}
     for folder in folders:
         for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
-            above = [os.path.realpath(folder) for folder in Path(parent).absolute().parents]
+            above = [os.path.realpath(outer) for outer in Path(parent).absolute().parents]
             if os.path.islink(parent) and os.path.realpath(parent) in above:  # it leads back
                 inner.clear()
                 continue
@@ -890,7 +896,8 @@ def read_ids(path) -> np.ndarray:
         raise UserError(f"{path} has mode {image.mode}: bring ids of 8 bits a pixel, not colours")
     ids = np.asarray(image).astype(np.uint8)
     if image.mode == "L":  # Pillow stretches grey of 2 and 4 bits to 0..255
-        bits = Path(path).read_bytes()[24]  # in every PNG's first chunk
+        with open(path, "rb") as file:
+            bits = file.read(25)[24]  # in every PNG's first chunk
         ids = ids // (255 // (2**bits - 1))
     return ids
 
@@ -1330,8 +1337,8 @@ def set_up(name) -> torch.device:
 
 
 def autocast(device, wanted):
-    """A context in which convolutions run in bfloat16, if that is wanted; None: on a GPU that
-    computes in it, and does not emulate it."""
+    """A context in which convolutions run in bfloat16. wanted: True, False, or None, which means:
+    on a GPU that computes in bfloat16 and does not emulate it."""
     if wanted is None:
         wanted = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
@@ -1356,8 +1363,9 @@ class StopSignal:
         if not self.number:
             self.number = number
             self.since = time.monotonic()
-            # print may be at work
-            os.write(2, b"\nstopping after a save; run the same command again to go on\n")
+            with contextlib.suppress(OSError):  # the terminal, or tee, may be gone
+                # not print, which may be at work
+                os.write(2, b"\nstopping after a save; run the same command again to go on\n")
         elif time.monotonic() - self.since > 3:  # torchrun repeats a Ctrl-C to its processes
             os._exit(128 + number)
 
@@ -1376,7 +1384,8 @@ class StopSignal:
 
 
 def due(it: int, every: int, iters: int) -> bool:
-    """Whether what happens every so many iterations (0: only at the end) happens after `it`."""
+    """Whether what happens every so many iterations and at the end is due when `it` are done;
+    every = 0: at the end alone."""
     return it == iters or (it > 0 and every > 0 and it % every == 0)
 
 
@@ -1488,8 +1497,8 @@ class Log:
     def add(self, batches: list, **losses):
         """Note an iteration's `Batches` and loss terms (scalar tensors, or None)."""
         names = [name for source in batches for name in source.names]
-        losses = {term: x.detach().float() for term, x in losses.items() if x is not None}
-        self.pending.append((names, losses))
+        terms = {term: x.detach().float() for term, x in losses.items() if x is not None}
+        self.pending.append((names, terms))
         self.waited += sum(source.waited for source in batches)
 
     def losses(self, it: int, device, **more):
@@ -1574,7 +1583,7 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
     first = rows[0][0]
     size = (round(height * first.shape[1] / first.shape[0]), height)
     cells = []
-    for picture in (picture for row in rows for picture in row):
+    for picture in itertools.chain(*rows):
         if picture.ndim == 3:
             cell = resize(Image.fromarray(picture), size, "image")
         else:
@@ -1582,12 +1591,12 @@ def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 1
             cell = Image.fromarray(palette(num_classes)[np.asarray(label)])
         cells.append(pil_to_tensor(cell))
     grid = torchvision.utils.make_grid(torch.stack(cells), len(titles), pad_value=255)  # (3, H, W)
-    sheet = F.pad(grid, (0, 0, 20, 0), value=255)  # room for the titles
-    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    grid = F.pad(grid, (0, 0, 20, 0), value=255)  # room for the titles
+    sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
     for column, title in enumerate(titles):
         corner = (column * (size[0] + 2) + 4, 4)
-        ImageDraw.Draw(picture).text(corner, title, "black", ImageFont.load_default(13))
-    write_png(path, np.asarray(picture))
+        ImageDraw.Draw(sheet).text(corner, title, "black", ImageFont.load_default(13))
+    write_png(path, np.asarray(sheet))
 
 
 @predicting()
@@ -1595,9 +1604,9 @@ def write_panel(path, networks: dict, dataset: Images, indices, device, entropy)
     """One PNG with a row for each of these images of the dataset: image, ground truth if it has
     labels, prediction of each of {title: network}, entropy of the last (black 0, white 1).
 
-    Networks see images at the dataset's size. entropy: logits (1,C,h,w) to (1,H,W) in 0..1.
+    The networks are of `inference_copy` and see images at the dataset's size. entropy: a function
+    of logits (1,C,H,W) to (1,H,W) in 0..1.
     """
-    networks = {title: inference_copy(network) for title, network in networks.items()}
     rows = []
     for index in indices:
         image, label = dataset.open(index)
@@ -1625,13 +1634,13 @@ def report(out, runs: dict, validation: Labelled, device, entropy):
     for title, folder in runs.items():
         records = read_log(Path(folder) / "log.jsonl")
         columns[title] = [r for r in records if r.get("event") == "evaluation"][-1]
-        networks[title] = load(Path(folder) / "last.pth").to(device)
+        networks[title] = inference_copy(load(Path(folder) / "last.pth")).to(device)
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(score_table(columns))
-    network = inference_copy(networks[title])
     means = {}
     for index in spread(len(validation), 24):
-        logits = main_logits([network], validation[index]["image"][None].to(device))
+        image = validation[index]["image"][None].to(device)
+        logits = main_logits([networks[title]], image)  # of the last run
         means[index] = entropy(logits).mean().item()
     order = sorted(means, key=means.get)
     shown = list(dict.fromkeys(order[:2] + order[-2:]))

@@ -316,7 +316,7 @@ def score_images(args):
     print(common.score_table({"IoU": result}))
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
     if args.panel:
-        columns = dict(zip(column_titles(paths), networks))
+        columns = dict(zip(column_titles(paths), map(common.inference_copy, networks)))
         rows = common.spread(len(dataset), PANEL_ROWS)
         common.write_panel(args.panel, columns, dataset, rows, device, pixel_entropy)
     if args.json:

@@ -118,7 +118,8 @@ def parse() -> tuple:
     g = parser.add_argument_group("schedule")
     g.add_argument("--batch-size", type=count, default=1, help="images of each domain (released)")
     g.add_argument("--max-iters", type=count, default=250_000, help="horizon of poly (released)")
-    g.add_argument("--stop-iters", type=count, help="default: 120000, SYNTHIA 90000 (released)")
+    text = "default: 120000, SYNTHIA 90000 (released), but at most --max-iters"
+    g.add_argument("--stop-iters", type=count, help=text)
     g.add_argument("--lr", type=real, default=2.5e-4, help="SGD learning rate of G (paper)")
     g.add_argument("--lr-d", type=real, default=1e-4, help="Adam learning rate of D (paper)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
@@ -127,14 +128,15 @@ def parse() -> tuple:
     kinds = ("adversarial", "batchnorm", "none")
     text = "target images: aligned, through BatchNorm alone (the control), or unread"
     g.add_argument("--alignment", choices=kinds, default="adversarial", help=text)
-    g.add_argument("--lambda-seg-main", type=real, default=1.0, help="of CE, main head (paper)")
-    g.add_argument("--lambda-seg-aux", type=real, default=0.1, help="of CE, aux head (released)")
+    g.add_argument("--lambda-seg-main", type=real, default=1.0, help="weight of CE, main (paper)")
+    g.add_argument("--lambda-seg-aux", type=real, default=0.1, help="weight of CE, aux (released)")
     g.add_argument("--lambda-adv-main", type=real, default=0.001, help="λ_adv, main head (paper)")
     g.add_argument("--lambda-adv-aux", type=real, default=0.0002, help="λ_adv, aux (released)")
 
     g = parser.add_argument_group("ranking")
     g.add_argument("--ratio", type=number(float, 0, 1), default=0.67, help="λ, easy share (paper)")
-    g.add_argument("--normalize-entropy", action=on_off, default=False, help="x rarity (paper)")
+    text = "multiply R(X) by the rarity factor, which favours rare classes (paper)"
+    g.add_argument("--normalize-entropy", action=on_off, default=False, help=text)
 
     g = parser.add_argument_group("network")
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
@@ -154,7 +156,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
+    g.add_argument("--compile", action=on_off, default=False, help="faster after a slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -169,7 +171,9 @@ def parse() -> tuple:
         released = 90_000 if args.source == "synthia" else 120_000
         args.stop_iters = min(args.max_iters, released)
     check(args)
-    settings = {}  # flags of other groups, but for stage 3 "ranking", may change when a run goes on
+    # Flags of these groups make a run what it is (for stage 3 those of "ranking", too). The others
+    # may change when it goes on.
+    settings = {}
     for group in parser._action_groups:
         if group.title in ("data", "schedule", "method", "network"):
             for action in group._group_actions:
@@ -196,7 +200,7 @@ def check(args):
         if args.source_root.resolve() == args.target_root.resolve():
             raise UserError("--source-root and --target-root are one folder: it has target labels")
     if args.source == args.target == "cityscapes" and args.alignment != "none":
-        raise UserError("--source cityscapes is this target's ceiling: add --alignment none")
+        raise UserError("--source cityscapes is the target, too: its ceiling has --alignment none")
     resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
     if args.init == "imagenet" and not resnet101 and args.stage != "2":
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
@@ -276,8 +280,9 @@ def easy_count(ratio: float, images: int) -> int:
 def train(args, settings, folder, source, target, validation, initial, device):
     """Train G on labelled `source` while aligning its entropy maps on `target` with the source's.
 
-    source, target, validation: datasets; an empty target trains on source alone. initial: content
-    of a weight file, or None. Checkpoints and log go to `folder`.
+    source, target, validation: datasets; an empty target trains on source alone, validation None
+    is never evaluated. settings {flag: text}: what a checkpoint to go on from must agree with.
+    initial: content of a weight file, or None. Checkpoints and log go to `folder`.
     """
     iters = args.stop_iters  # of a poly schedule that would end at --max-iters
     torch.manual_seed(args.seed)
@@ -427,14 +432,13 @@ def rank_target(args, checkpoint: Path, images: dict, device):
     if folder.exists():
         print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
         return
-    network = common.load(checkpoint)
-    C = network.num_classes
+    G = common.inference_copy(common.load(checkpoint)).to(device)
+    C = G.num_classes
     if C != args.num_classes:
         wanted = f"--num-classes {args.num_classes}"
         raise UserError(f"{checkpoint} predicts {C} classes, not {wanted}: name another file")
-    what = f"{len(images)} target images with {checkpoint}, {network.report}"
+    what = f"{len(images)} target images with {checkpoint}, {G.report}"
     print(f"stage 2: ranking {what}", flush=True)
-    G = common.inference_copy(network.to(device))
     partial = args.out / "stage2.partial"
     dataset = common.Images(images, args.target_size)
     rows = {}
@@ -465,9 +469,10 @@ def rank_target(args, checkpoint: Path, images: dict, device):
             "content": ranking_content(partial, ranked),
         }
         common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
-        shown = [dataset.names.index(row["name"]) for row in ranked[:3] + ranked[-3:]]
+        ends = dict.fromkeys(row["name"] for row in ranked[:3] + ranked[-3:])  # each name once
+        shown = [dataset.names.index(name) for name in ends]
         gallery = partial / "gallery.png"
-        common.write_panel(gallery, {"prediction": network}, dataset, shown, device, pixel_entropy)
+        common.write_panel(gallery, {"prediction": G}, dataset, shown, device, pixel_entropy)
         with common.writing(folder):
             os.rename(partial, folder)
     common.wait_for_ranks()
@@ -485,16 +490,16 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
     file that it names, if it is still there, must not have changed)."""
     again = f"remove {folder} and run --stage 2 again"
     if not (folder / "ranking.csv").exists():
-        raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, without a {folder}")
+        raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, after removing any {folder}")
     try:
         about = json.loads((folder / "ranking.json").read_text())
-        with open(folder / "ranking.csv", newline="") as file:
+        with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             row["entropy"] = float(row["entropy"])
             row["normalized_entropy"] = float(row["normalized_entropy"])
         content = ranking_content(folder, rows)
-        named = folder.parent / about["checkpoint"]
+        named = folder.absolute().parent / about["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
     expected = {
@@ -508,7 +513,8 @@ def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size:
         expected["checkpoint_digest"] = common.content_digest([ranked_with])
     for entry, value in expected.items():
         if about.get(entry) != value:
-            raise UserError(f"{folder} changed, or is of another run (other {entry}): {again}")
+            hint = f"give its flags and data, or {again}"
+            raise UserError(f"{folder} changed, or is of another run (other {entry}): {hint}")
     return rows
 
 
@@ -544,14 +550,14 @@ def main():
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     images = common.list_images(args.target, target_root, "train")
-    aligned = {} if args.alignment == "none" else images  # those that training reads
+    aligned = {} if args.alignment == "none" else images  # what training reads without labels
     if aligned or "2" in stages:
         common.Images(images).look()
-    if stages != "1" and easy_count(args.ratio, len(images)) == 0:
-        raise UserError(f"--ratio {args.ratio} of {len(images)} leaves no easy one: raise it")
-    if stages == "2" and not checkpoint.is_file():
+    if ("2" in stages or "3" in stages) and easy_count(args.ratio, len(images)) == 0:
+        raise UserError(f"--ratio {args.ratio} of {len(images)} images leaves none easy: raise it")
+    if args.stage == "2" and not checkpoint.is_file():
         raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
-    if stages != "2":
+    if "1" in stages or "3" in stages:
         initial, settings["init"] = common.initial_weights(args.init)
         validation = common.validation_set(args.target, target_root, C, args.target_size)
     if "1" in stages:
@@ -565,10 +571,10 @@ def main():
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.earlier_run(args.out / "stage1", settings_1) or {"iter": 0}
         if args.stage == "all" and found["iter"] < args.stop_iters and ranking.exists():
-            raise UserError(f"{ranking} is there before stage 1 is: remove it")
+            raise UserError(f"{ranking} is there, but stage 1 is not finished: remove the folder")
     split_flags = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
     settings_3 = {**settings, **split_flags}
-    if stages == "2":  # the split in its folder stays that of stage 3
+    if args.stage == "2":  # easy.txt and hard.txt must stay those of the stage 3 beside them
         common.earlier_run(args.out / "stage3", split_flags)
     elif "3" in stages:
         common.earlier_run(args.out / "stage3", settings_3)
@@ -580,7 +586,7 @@ def main():
         train(args, settings_1, runs["stage 1"], source, target, validation, initial, device)
     if "2" in stages:
         rank_target(args, checkpoint, images, device)
-    if stages != "1":
+    if "2" in stages or "3" in stages:
         ranked_with = checkpoint if "2" in stages else None
         rows = read_ranking(ranking, ranked_with, images, C, args.target_size)
         easy, hard = split(rows, args.ratio, args.normalize_entropy)
@@ -595,7 +601,7 @@ def main():
             {name: (images[name], labels / f"{name}.png") for name in easy},
             "folder", C, args.target_size, pseudo=True, seed=args.seed,
         )  # fmt: skip
-        hard_images = {name: aligned[name] for name in hard if name in aligned}
+        hard_images = {name: images[name] for name in hard} if aligned else {}
         hard_set = common.Images(hard_images, args.target_size, seed=args.seed + 1)
         ranked = [ranking / "ranking.csv", ranking / "ranking.json"]
         settings_3["ranking"] = common.content_digest(ranked)
