@@ -813,6 +813,10 @@ def test_damaged_and_missing_weight_files_are_refused():
     for content in (fine[:30_000], b"404: not found\n", flipped, folder):
         Path("bad.pth").write_bytes(content)
         refused("bad.pth", common.read_checkpoint, "bad.pth")
+    unreadable = PermissionError(13, "Permission denied", "bad.pth")
+    for error in (unreadable, RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with mock.patch.object(torch, "load", side_effect=error), pytest.raises(type(error)):
+            common.read_checkpoint("fine.pth")
     os.mkfifo("pipe.pth")
     refused("no checkpoint at pipe.pth", common.read_checkpoint, "pipe.pth")
     refused("nowhere.pth", common.read_checkpoint, "nowhere.pth")
@@ -1338,12 +1342,15 @@ def test_ctrl_c_saves_and_kill_9_leaves_no_lock():
 
 
 def test_a_signal_that_comes_while_ranks_agree_is_kept():
+    """Also without a terminal that could be told of it."""
+
     def over_ranks(tensor, operation):
         signal.raise_signal(signal.SIGTERM)
         return tensor  # what the ranks had before
 
     stop = common.StopSignal()
-    with mock.patch.object(common, "over_ranks", over_ranks):
+    gone = mock.patch.object(os, "write", side_effect=BrokenPipeError)
+    with mock.patch.object(common, "over_ranks", over_ranks), gone:
         assert stop.agreed() == 0
     assert stop.agreed() == signal.SIGTERM
     stop.number = 0  # else closing would raise it again
