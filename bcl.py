@@ -137,9 +137,10 @@ def parse() -> tuple:
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
     classes = number(int, 2, 255)
     g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
-    g.add_argument("--target-size", type=common.size, default="1460x730", help="WxH (released)")
+    text = "WxH at which static labels are made and validation images seen (released)"
+    g.add_argument("--target-size", type=common.size, default="1460x730", help=text)
     g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
-    g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="its factors (released)")
+    g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="factors on it (released)")
     g.add_argument("--crop", type=side, default=730, help="side of the random crop (released)")
     g.add_argument("--flip", action=on_off, default=True, help="mirror half the images (released)")
 
@@ -151,7 +152,7 @@ def parse() -> tuple:
 
     g = parser.add_argument_group("schedule")
     g.add_argument("--rounds", type=count, default=10, help="each: new y_F, half the lr (released)")
-    g.add_argument("--round-iters", type=count, default=10_000, help="of a round (released)")
+    g.add_argument("--round-iters", type=count, default=10_000, help="iterations each (released)")
     g.add_argument("--lr", type=real, default=7.5e-5, help="SGD, first round (released)")
     g.add_argument("--batch-size", type=count, default=2, help="pairs of images (released)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
@@ -189,7 +190,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="faster after a slow start")
+    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -216,9 +217,9 @@ def check(args):
             raise UserError(f"--{side} folder needs --{side}-root, which holds images/ and labels/")
     if args.source_root and args.target_root:
         if args.source_root.resolve() == args.target_root.resolve():
-            raise UserError("--source-root and --target-root are one folder: it has target labels")
+            raise UserError("--source-root and --target-root are one folder: name two folders")
     if args.source == args.target == "cityscapes":
-        raise UserError("--source cityscapes has the target's labels: intrada.py has the ceiling")
+        raise UserError("--source cityscapes has the target's labels: for a ceiling see intrada.py")
     if args.init == "imagenet" and (args.layers != (3, 4, 23, 3) or args.width != 64):
         raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
     if args.compile and args.checkpoint_activations:
@@ -264,10 +265,10 @@ def contrastive_loss(
     logits = similarities(features, prototypes) / temperature  # (C, hw)
     # -1e30, not -inf: no NaN where no class is present
     log_p = logits.masked_fill(~present[:, None], -1e30).log_softmax(0)
-    labels = labels.flatten().long()
-    label = labels.clamp(max=len(present) - 1)  # any valid index where the label is 255
-    chosen = (labels < len(present)) & present[label]  # (hw,): Ω
-    picked = log_p.gather(0, label[None])[0]  # (hw,)
+    y = labels.flatten().long()  # (hw,)
+    index = y.clamp(max=len(present) - 1)  # any valid class where the label is 255
+    chosen = (y < len(present)) & present[index]  # (hw,): Ω
+    picked = log_p.gather(0, index[None])[0]  # (hw,)
     return -(picked * chosen).sum() / chosen.sum().clamp(min=1)
 
 
@@ -292,11 +293,11 @@ class PrototypeEMA(nn.Module):
         self.seen |= prototypes.present
 
 
-def batch_mean(images: list) -> Prototypes:
-    """What the EMA is fed: the mean of the prototypes of a batch's images, of each class over the
+def batch_mean(prototypes: list) -> Prototypes:
+    """What the EMA is fed: the mean of the `Prototypes` of a batch's images, of each class over the
     images that hold it, on all ranks."""
-    count = common.over_ranks(sum(p.present.float() for p in images))  # (C,)
-    total = common.over_ranks(sum(p.vectors.detach() for p in images))  # (C, D)
+    count = common.over_ranks(sum(p.present.float() for p in prototypes))  # (C,)
+    total = common.over_ranks(sum(p.vectors.detach() for p in prototypes))  # (C, D)
     return Prototypes(total / count.clamp(min=1)[:, None], count > 0)
 
 
@@ -421,7 +422,6 @@ def label_network(G: nn.Module, label_bn: str) -> nn.Module:
     return copy.deepcopy(G).train()
 
 
-@torch.no_grad()
 def confident_prediction(network, image: Tensor, out_size: tuple) -> tuple:
     """One image (3,H,W) uint8 to its label (H,W) and confidence bins (H,W) int64 at out_size."""
     logits = network(common.normalize(image[None])).main
@@ -435,7 +435,8 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
 
     Two passes of the network over all target images: histograms, then labels cut at the class
     thresholds. Memory does not grow with the number of images. Ranks share the images. The folder
-    appears when it is whole; one that is there stays. Returns what labels.json has to say.
+    appears when it is whole; one that is there stays. Returns {entry: value} that labels.json must
+    have, for `read_static_labels`.
     """
     network = common.digest(t.cpu().numpy().tobytes() for t in G.state_dict().values())
     about = {"network": network, "settings": settings}
@@ -583,8 +584,8 @@ def augment(image, label, rng, short_side: int, scales: tuple, crop: int, flip: 
 def train(args, settings, source, target_images, validation, initial, device):
     """Train G for all rounds. Without target images, on the source alone: the warm-up.
 
-    source: dataset of labelled images; target_images {name: path}; initial: content of a weight
-    file, or None. Checkpoints, log and static labels go to --out.
+    source: dataset of labelled images, whose augmentation is set here; target_images {name: path};
+    initial: content of a weight file, or None. Checkpoints, log and static labels go to args.out.
     """
     stage = "bcl" if target_images else "warm-up"
     C = args.num_classes
@@ -646,10 +647,11 @@ def train(args, settings, source, target_images, validation, initial, device):
         # ---- a new round, or the one to go on with: static labels and batches with them
         if target_images and (it == start or step == 0):
             folder = args.out / f"round{round_}"
-            made_from = {"labels": labels}
             if step == 0:
-                made_from = make_static_labels(args, settings, G, target_images, folder, device)
-            static = read_static_labels(folder, target_images, made_from)
+                expected = make_static_labels(args, settings, G, target_images, folder, device)
+            else:  # going on within a round
+                expected = {"labels": labels}
+            static = read_static_labels(folder, target_images, expected)
             labels = static["labels"]
             reported = [r.get("round") for r in log.records if r.get("event") == "labels"]
             if round_ not in reported:
@@ -671,6 +673,7 @@ def train(args, settings, source, target_images, validation, initial, device):
             end = it - step + iters
             target_batches = common.Batches(target, args.batch_size, it, end, args.workers, device)
             batches = [source_batches, target_batches]
+            log.restart_clock(it)  # making labels is no training time
 
         # ============================== the method ==============================
         lr = args.lr * 0.5**round_ * (1 - step / horizon) ** 0.9
@@ -680,7 +683,7 @@ def train(args, settings, source, target_images, validation, initial, device):
 
         # source: features f_s (B, D, h, w), logits (B, C, H, W), ground truth y_s
         x_s, y_s_full = next(source_batches)  # (B, 3, H, W), (B, H, W)
-        crop = (y_s_full.shape[2], y_s_full.shape[1])  # (W, H), of both domains
+        crop = (args.crop, args.crop)  # (W, H), of both domains
         with autocast:
             S = G(common.normalize(x_s))
         logits_s = common.upsample(S.main, crop)
@@ -705,9 +708,10 @@ def train(args, settings, source, target_images, validation, initial, device):
             ema_source.update(batch_mean(p_s))
 
             # ξ, p_{S→T} -> y_D
-            p_st = p_s
             if args.calibrate:
                 p_st = [calibrate(p, ema_source, ema_target) for p in p_s]
+            else:
+                p_st = p_s
             y_d = torch.stack([dynamic_labels(f_t[b], p_st[b], args.tau) for b in batch])
             y_d_full = enlarge(y_d, *y_f_full.shape[1:])  # (B, h, w) -> (B, H, W)
 
@@ -809,7 +813,7 @@ def main():
     common.earlier_run(args.out, settings)
 
     runs = {}
-    if args.warmup_iters:  # is a run of one round
+    if args.warmup_iters:  # the warm-up: one round on the source alone, with values of its own
         warmup = copy.copy(args)
         warmup.out = args.out / "warmup"
         warmup.rounds = 1

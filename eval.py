@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     g.add_argument("--ckpt", type=place, nargs="+", help="averaged (newest last.pth below runs/)")
     text = "convolutions of a head, 2 for AdaptSegNet's files (%(default)s)"
     g.add_argument("--branches", type=int, choices=(2, 4), default=4, help=text)
-    g.add_argument("--input-size", type=common.size, help="WxH (what the checkpoint says)")
+    g.add_argument("--input-size", type=common.size, help="WxH (what the first checkpoint says)")
     g.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
 
     g = parser.add_argument_group("data")
@@ -146,8 +146,8 @@ def expand(patterns: list, flag: str, endings: tuple) -> dict:
 
 
 def refuse_outputs(outputs: list, inputs: list):
-    """Refuse, before anything is done, what is no regular file, an input or named twice. None is
-    a flag that was not given."""
+    """Refuse, before anything is computed, an output that is no regular file, an input or named
+    twice; make the folders of the others. None is a flag that was not given."""
     taken = {path.resolve() for path in inputs if path}
     for path in filter(None, outputs):
         if os.path.lexists(path) and not path.is_file():
@@ -175,9 +175,6 @@ def load_networks(args) -> tuple:
     if not paths:
         raise UserError("no last.pth below runs/: train first, or name a file with --ckpt")
     networks = [common.load(path) for path in paths]
-    counts = [network.num_classes for network in networks]
-    if len(set(counts)) > 1:
-        raise UserError(f"--ckpt: networks of {counts} classes have no average, name like ones")
     for path, network in zip(paths, networks):
         print(f"{path}: {network.report}")
         # AdaptSegNet's released head returns inside its loop: the other branches are untrained.
@@ -186,13 +183,17 @@ def load_networks(args) -> tuple:
         published = network.report.kind != "our checkpoint"
         network.widened = published and network.num_classes == 16 and args.target != "folder"
         if network.widened:
-            # 19 outputs, of which three never win (nor count in the entropy, apart from log 19)
+            # 19 outputs, of which three never win (nor count in the entropy, apart from log 19):
+            # these are appended to the 16, and all are put in the order of the trainIds
             network.num_classes = 19
             order = torch.tensor(common.SUBSET_16 + common.ABSENT["synthia"]).argsort()
             for conv in network.layer6.conv2d_list:
                 conv.weight.data = F.pad(conv.weight.data, (0, 0, 0, 0, 0, 0, 0, 3))[order]
                 conv.bias.data = F.pad(conv.bias.data, (0, 3), value=-1e30)[order]
         network.to(device)
+    if len({(network.num_classes, network.widened) for network in networks}) > 1:
+        counts = [network.num_classes for network in networks]
+        raise UserError(f"--ckpt: networks of {counts} classes have no average, name like ones")
     return networks, paths, device
 
 
@@ -234,28 +235,29 @@ def open_labelled(args, domain: str, network: common.DeepLabV2) -> common.Labell
 KINDS = ("trainids", "entropy", "overlay")  # of pictures below --save-dir
 
 
-def plan_outputs(args, names, kinds: tuple, inputs: list) -> dict:
-    """{name: {kind: path}} of what --save-dir and --label-ids ask for. Refuses these paths, also
-    those of --json and --panel, if they are among the inputs or lie outside of their folder."""
+def plan_outputs(names, kinds: tuple, save_dir, label_ids, others: list, inputs: list) -> dict:
+    """{name: {kind: path}} of the pictures in save_dir and the ids in label_ids (folders, or None).
+    Refuses these paths, and `others`, if they are inputs or lie outside of their folder."""
     plan = {name: {} for name in names}
-    outputs = [args.json, args.panel]
+    outputs = [*others]
     for name, paths in plan.items():
-        if args.save_dir:
+        if save_dir:
             for kind in kinds:
-                paths[kind] = args.save_dir / f"{name}_{kind}.png"
+                paths[kind] = save_dir / f"{name}_{kind}.png"
             folder = paths["trainids"].parent
-            if not folder.resolve().is_relative_to(args.save_dir.resolve()):
-                raise UserError(f"{folder} is a link out of {args.save_dir}: write elsewhere")
-        if args.label_ids:
-            paths["ids"] = args.label_ids / f"{name.split('/')[-1]}_pred_labelIds.png"
+            if not folder.resolve().is_relative_to(save_dir.resolve()):
+                raise UserError(f"{folder} is a link out of {save_dir}: write elsewhere")
+        if label_ids:
+            paths["ids"] = label_ids / f"{name.split('/')[-1]}_pred_labelIds.png"
         outputs += paths.values()
-    refuse_outputs(outputs, [*inputs, args.subset])
+    refuse_outputs(outputs, inputs)
     return plan
 
 
 def write_pictures(plan: dict, name: str, logits: Tensor, prediction: Tensor, photo=None):
-    """What is planned of: trainids with a palette, entropy (black 0, white 1), overlay on the
-    photo, Cityscapes' ids. From logits (1,C,h,w), prediction (H,W) and a Pillow image."""
+    """Write the planned pictures of an image: trainids with a palette, entropy (black 0, white 1),
+    overlay on the photo, Cityscapes' ids. From logits (1,C,h,w), prediction (H,W) and, for an
+    overlay, the photo as a Pillow image."""
     paths = plan[name]
     num_classes = logits.shape[1]
     trainids = prediction.cpu().numpy()
@@ -304,7 +306,9 @@ def score_images(args):
     """Score checkpoints on labelled images."""
     networks, paths, device = load_networks(args)
     dataset = open_labelled(args, "target", networks[0])
-    plan = plan_outputs(args, dataset.names, KINDS[:2], [*paths, *dataset.files])
+    outputs = [args.json, args.panel]
+    inputs = [*paths, *dataset.files, args.subset]
+    plan = plan_outputs(dataset.names, KINDS[:2], args.save_dir, args.label_ids, outputs, inputs)
     write = functools.partial(write_pictures, plan)
     result = common.evaluate(networks, dataset, device, args.workers, write)
     if networks[0].widened:  # three classes are never predicted
@@ -316,7 +320,9 @@ def score_images(args):
     print(common.score_table({"IoU": result}))
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
     if args.panel:
-        columns = dict(zip(column_titles(paths), map(common.inference_copy, networks)))
+        columns = {}
+        for title, network in zip(column_titles(paths), networks):
+            columns[title] = common.inference_copy(network)
         rows = common.spread(len(dataset), PANEL_ROWS)
         common.write_panel(args.panel, columns, dataset, rows, device, pixel_entropy)
     if args.json:
@@ -350,8 +356,9 @@ def find_images(patterns: list) -> dict:
 
 
 class Photos(common.Images):
-    """(RGB in Pillow's form, (3,h,w) uint8 for the network) of what cameras and tools write, or a
-    file's error as text. Without a `size` the network sees the photo's aspect, and an `area`."""
+    """Items are (photo as RGB Pillow image, network input (3,h,w) uint8), or a file's error.
+    Reads what cameras and tools write. The input has `size`, or without one the photo's own aspect
+    and as many pixels as `area` (W,H)."""
 
     area = (1024, 512)
 
@@ -377,7 +384,8 @@ def segment_images(args):
         images = find_images(args.images)
     else:
         images, _ = find(common.list_images, args, "target", networks[0].num_classes)
-    plan = plan_outputs(args, images, KINDS, [*paths, *images.values()])
+    inputs = [*paths, *images.values(), args.subset]
+    plan = plan_outputs(images, KINDS, args.save_dir, args.label_ids, [], inputs)
     networks = [common.inference_copy(network) for network in networks]
     torch.backends.cudnn.benchmark = False  # which would look at every new size of photo
     photos = Photos(images, args.input_size)
@@ -562,9 +570,9 @@ def sample_features(network, dataset: common.Labelled, workers: int, domain: int
     images = Subset(dataset, common.spread(len(dataset), FEATURE_IMAGES))
     for item in common.one_by_one(images, workers, device):
         x = common.normalize(item["image"][None].to(device))
-        f = network(x).features[0].cpu()  # (D, h, w)
-        y = pick(item["label"], *f.shape[1:]).flatten()  # (hw,)
-        f = f.flatten(1).T  # (hw, D)
+        maps = network(x).features[0].cpu()  # (D, h, w)
+        y = pick(item["label"], *maps.shape[1:]).flatten()  # (hw,)
+        f = maps.flatten(1).T  # (hw, D)
         for c in range(C):
             own = f[y == c]
             total[c] += own.double().sum(0)
@@ -575,9 +583,9 @@ def sample_features(network, dataset: common.Labelled, workers: int, domain: int
     present = np.flatnonzero(count)
     prototypes = (total[present] / count[present]).float()
     features = torch.cat([*points, prototypes]).numpy()
-    label = np.repeat(np.arange(C), [len(own) for own in points])
-    is_prototype = np.repeat([False, True], [len(label), len(present)])
-    label = np.concatenate([label, present])
+    of_points = np.repeat(np.arange(C), [len(own) for own in points])
+    is_prototype = np.repeat([False, True], [len(of_points), len(present)])
+    label = np.concatenate([of_points, present])
     return features, label, np.full(len(label), domain), is_prototype
 
 

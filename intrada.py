@@ -156,7 +156,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="faster after a slow start")
+    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -198,7 +198,7 @@ def check(args):
             raise UserError(f"--{side} folder needs --{side}-root, which holds images/ and labels/")
     if args.source_root and args.target_root:
         if args.source_root.resolve() == args.target_root.resolve():
-            raise UserError("--source-root and --target-root are one folder: it has target labels")
+            raise UserError("--source-root and --target-root are one folder: name two folders")
     if args.source == args.target == "cityscapes" and args.alignment != "none":
         raise UserError("--source cityscapes is the target, too: its ceiling has --alignment none")
     resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64

@@ -1635,6 +1635,10 @@ def test_other_classes_than_cityscapes_nineteen():
     """Published networks of 16 classes have SYNTHIA's; our own have those of a plain folder."""
     network = noisy_network(0, 16)
     save("net.pth", network)
+    save("nineteen.pth", noisy_network())
+    torch.save(network.state_dict(), "published.pth")
+    for other in ("net.pth", "nineteen.pth"):  # neither has the published one's classes
+        refuses("have no average", eval_script, EVAL, "--ckpt published.pth", other)
     flags = f"{EVAL} --ckpt net.pth --input-size 64x64"
     refuses("16 classes", eval_script, flags)
     torch.save(network.state_dict(), "net.pth")
