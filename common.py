@@ -1095,22 +1095,24 @@ def one_by_one(dataset: Dataset, workers: int, device):
 
 
 def read_items(dataset: Dataset, workers: int, device, **options):
-    """An iterator of what `workers` processes read.
+    """An iterator of what `workers` processes read, which start with the first item.
 
-    These start with SIGINT and SIGTERM blocked: a signal to the whole group reaches this process
+    They start with SIGINT and SIGTERM blocked: a signal to the whole group reaches this process
     alone, which saves and then ends them.
     """
     if workers:
         options.update(num_workers=workers, prefetch_factor=4)
     loader = DataLoader(dataset, pin_memory=device.type == "cuda", **options)
     if sys.platform == "win32":  # where signals cannot be blocked
-        return iter(loader)
+        yield from loader
+        return
     signals = (signal.SIGINT, signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        return iter(loader)
+        items = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    yield from items
 
 
 # ====================================================================== evaluation
@@ -1458,6 +1460,10 @@ def read_log(path) -> list:
     return records
 
 
+def evaluations(records: list) -> list:
+    return [record for record in records if record.get("event") == "evaluation"]
+
+
 class Log:
     """log.jsonl of a stage: a JSON line for every start, record of losses, evaluation and, in BCL,
     round of labels, with a line each on the terminal. Scores live here and nowhere else."""
@@ -1471,8 +1477,7 @@ class Log:
         self.restart_clock(start)
         kept = read_log(self.path) if self.path.exists() else []
         self.records = [record for record in kept if record["iter"] <= start]
-        evaluations = [record for record in self.records if record.get("event") == "evaluation"]
-        self.evaluated = {record["iter"]: mean_iou(record) for record in evaluations}
+        self.evaluated = {r["iter"]: mean_iou(r) for r in evaluations(self.records)}
         if rank() == 0:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         if start >= iters and self.records:
@@ -1632,8 +1637,7 @@ def report(out, runs: dict, validation: Labelled, device, entropy):
     columns = {}
     networks = {}
     for title, folder in runs.items():
-        records = read_log(Path(folder) / "log.jsonl")
-        columns[title] = [r for r in records if r.get("event") == "evaluation"][-1]
+        columns[title] = evaluations(read_log(Path(folder) / "log.jsonl"))[-1]
         networks[title] = inference_copy(load(Path(folder) / "last.pth")).to(device)
     print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
     print(score_table(columns))

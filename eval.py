@@ -416,7 +416,7 @@ def add_run(rows: dict, path: Path):
     left out; another error, that the file is no log of ours."""
     records = common.read_log(path)
     start = [record for record in records if record.get("event") == "start"][-1]
-    evaluations = [record for record in records if record.get("event") == "evaluation"]
+    evaluations = common.evaluations(records)
     reached = max(record["iter"] for record in records)
     if reached < start["iters"]:
         raise UserError(f"stopped at iteration {reached} of {start['iters']}")
