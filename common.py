@@ -1395,6 +1395,8 @@ def earlier_run(folder, settings: dict):
     """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
     path = Path(folder) / "last.pth"
     if not path.exists():
+        if (Path(folder) / "best.pth").exists():  # not of a run: an evaluation would overwrite it
+            raise UserError(f"{folder} holds best.pth, but no last.pth: choose another --out")
         return None
     other = "choose another --out or remove the folder"
     content = read_checkpoint(path)

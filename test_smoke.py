@@ -1282,6 +1282,8 @@ def test_the_same_command_again(module, broken, trained):
         file.write(b"of another size")
     refuses("(images is", module, flags)
     assert {p: p.read_bytes() for p in Path("run").rglob("*.pth")} == before
+    Path("run", STAGES[module][1], "last.pth").unlink()
+    refuses("holds best.pth", module, FLAGS[module])
 
 
 @BOTH
