@@ -4,14 +4,14 @@ Lee, Eom, Lee, Park, Ham. Pixels of one domain are pulled towards the class prot
 in both directions. Target labels are hybrid: static pseudo labels, refreshed every round, filled up
 with dynamic ones, which come from source prototypes that the class-wise domain bias calibrates.
 
-    python bcl.py --tau 0.8 --momentum 0.999             demo: built-in scenes, small network, CPU
+    python bcl.py --tau 0.8 --momentum 0.999             demo: built-in scenes, small network
     python bcl.py --data-root DIR --out runs/bcl_gta5    GTA5 -> Cityscapes, ResNet-101
     python bcl.py --data-root DIR --out runs/bcl_x --init FILE --warmup-iters 0       own start
     torchrun --nproc_per_node=2 bcl.py --data-root DIR --out runs/bcl_two             batch 4 + 4
     python bcl.py --data-root DIR --init runs/bcl_gta5/warmup/last.pth --warmup-iters 0 --tau 0.7 \
         --out runs/bcl_tau07                             a sweep, without a second warm-up
-    python bcl.py --target-weight 0 --lambda-ent 0 --lambda-fcl 0 --lambda-bcl 0 \
-        --out runs/bcl_control     the control: target images through BatchNorm, in no loss
+    python bcl.py --target-weight 0 --lambda-fcl 0 --lambda-bcl 0 --out runs/bcl_control
+                                                     the control: target images through BatchNorm
 
 The same command again goes on where the run stopped.
 
@@ -43,7 +43,8 @@ D13 An image is never scaled below the crop, so nothing is padded: at R's sizes 
     becomes 730/850. Every epoch is a new permutation of the images.
 D14 --init imagenet takes torchvision's weights; R starts from a Caffe-style file, which is read.
     Length and rate of the source-only warm-up are ours: no source gives them for P's method (R's
-    source-only configuration: 6 rounds of 2 x 5,000 iterations at 7.5e-5).
+    source-only configuration: 6 rounds of 2 x 5,000 iterations at 7.5e-5). Its rate decays to 0
+    over its whole length; its loss is CE on the source, without --lambda-ce.
 D15 Under torchrun there is one EMA, of the prototypes of all processes; gradients and BatchNorm's
     running statistics are averaged; --lr is not scaled.
 D16 The last checkpoint is the result; best.pth is chosen on validation labels: an oracle.
@@ -53,7 +54,8 @@ D18 On GPUs that have bfloat16 the convolutions of training run in it (--no-amp:
     Prototypes and losses are computed in float32 from what they give. Static labels and evaluation
     are float32.
 D19 The demo (DEMO) is short: it starts from demo/initial.pth, without the entropy terms, with
-    r = 0.5, two rounds, scales 1.0 and 1.2, a rate of 2e-3 and the factor 0.3 on the head's.
+    r = 0.5, two rounds, scales 1.0 and 1.2, a learning rate of 2e-3, and 0.3 as the factor on the
+    head's.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -136,7 +138,7 @@ def parse() -> tuple:
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
     classes = number(int, 2, 255)
-    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
+    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: folder data only")
     text = "WxH at which static labels are made and validation images seen (released)"
     g.add_argument("--target-size", type=common.size, default="1460x730", help=text)
     g.add_argument("--short-side", type=side, default=850, help="pixels before crop (released)")
@@ -167,9 +169,10 @@ def parse() -> tuple:
     g.add_argument("--lambda-bcl", type=real, default=0.1, help="of L_BCL (released); paper .1-.7")
     text = "of the target's CE and entropy (paper; released configuration: 0.3)"
     g.add_argument("--target-weight", type=real, default=1.0, help=text)
-    g.add_argument("--static-ratio", type=share, default=0.1, help="r, labelled share (released)")
+    text = "r, top share of every class and image that is labelled (released)"
+    g.add_argument("--static-ratio", type=share, default=0.1, help=text)
     modes = ("batch", "running")
-    g.add_argument("--label-bn", choices=modes, default="batch", help="statistics, y_F (released)")
+    g.add_argument("--label-bn", choices=modes, default="batch", help="BatchNorm, y_F (released)")
     g.add_argument("--labels", choices=LABEL_KINDS, default="hybrid", help="target's y_T (paper)")
     g.add_argument("--calibrate", action=on_off, default=True, help="add domain bias ξ (paper)")
 
@@ -190,7 +193,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
+    g.add_argument("--compile", action=on_off, default=False, help="G, CE and entropy; slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -296,8 +299,8 @@ class PrototypeEMA(nn.Module):
 def batch_mean(prototypes: list) -> Prototypes:
     """What the EMA is fed: the mean of the `Prototypes` of a batch's images, of each class over the
     images that hold it, on all ranks."""
-    count = common.over_ranks(sum(p.present.float() for p in prototypes))  # (C,)
-    total = common.over_ranks(sum(p.vectors.detach() for p in prototypes))  # (C, D)
+    count = common.all_reduce(sum(p.present.float() for p in prototypes))  # (C,)
+    total = common.all_reduce(sum(p.vectors.detach() for p in prototypes))  # (C, D)
     return Prototypes(total / count.clamp(min=1)[:, None], count > 0)
 
 
@@ -346,26 +349,9 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
-def map_centres(h: int, side: int, device=None) -> Tensor:
-    """(h,) int64: the pixel of `side` that each position of a map of h stands for.
-
-    round(i (side-1)/(h-1)): where align_corners=True puts the logits, and within a pixel of the
-    receptive field's centre. (Nearest resizing is 3 to 8 pixels off at the borders.)
-    """
-    positions = torch.arange(h, dtype=torch.float64, device=device)
-    return torch.round(positions * (side - 1) / max(h - 1, 1)).long()
-
-
-def pick(labels: Tensor, h: int, w: int) -> Tensor:
-    """Labels (B,H,W) at the centres of the positions of an (h,w) map -> (B,h,w)."""
-    rows = map_centres(h, labels.shape[1], labels.device)
-    columns = map_centres(w, labels.shape[2], labels.device)
-    return labels[:, rows[:, None], columns]
-
-
 def enlarge(labels: Tensor, height: int, width: int) -> Tensor:
     """The inverse: labels (B,h,w) of a map at full size, (B,H,W); `pick` gives them back."""
-    return pick(labels, height, width)  # pixel y lies at position round(y (h-1)/(H-1))
+    return common.pick(labels, height, width)  # pixel y lies at position round(y (h-1)/(H-1))
 
 
 # ====================================================================== static labels
@@ -456,14 +442,14 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
     for _, label, bins in predictions():
         cells = (label * BINS + bins).flatten()
         histogram += torch.bincount(cells, minlength=C * BINS).view(C, BINS)
-    thresholds = top_bins(common.over_ranks(histogram), args.static_ratio)
+    thresholds = top_bins(common.all_reduce(histogram), args.static_ratio)
     labelled = torch.zeros((), dtype=torch.float64)
     partial = folder.with_name(f"{folder.name}.partial")
     for name, label, bins in predictions():
         static = choose_static(label, bins, thresholds, args.static_ratio, absent).byte()
         labelled += (static != IGNORE).double().mean().cpu()
         common.write_png(partial / "labels" / f"{name}.png", static.cpu().numpy(), C)
-    covered = common.over_ranks(labelled).item()  # when all ranks have written their labels
+    covered = common.all_reduce(labelled).item()  # when all ranks have written their labels
     if common.rank() == 0:
         about["thresholds"] = thresholds.tolist()
         about["coverage"] = 100 * covered / len(images)
@@ -471,7 +457,7 @@ def make_static_labels(args, settings, G, images: dict, folder: Path, device) ->
         common.write_text(partial / "labels.json", json.dumps(about) + "\n")
         with common.writing(folder):
             os.rename(partial, folder)
-    common.wait_for_ranks()
+    common.barrier()
     return about
 
 
@@ -504,7 +490,7 @@ def labels_of_pairs(args, state: dict, thresholds: list, pairs, device):
     """Yields of every (target, source) pair of dataset items: target, source, and the target's
     labels {"static", "dynamic", "hybrid": (H,W) int64}. `state`, as in `train`, stays as it is."""
     predictor = label_network(state["model"], args.label_bn)
-    encoder = copy.deepcopy(state["model"])  # in training mode, with statistics of its own
+    encoder = copy.deepcopy(state["model"])  # in training's mode; its statistics may move
     bounds = torch.tensor(thresholds, device=device)
     absent = common.ABSENT.get(args.source, ())
     for item, pair in pairs:
@@ -515,12 +501,12 @@ def labels_of_pairs(args, state: dict, thresholds: list, pairs, device):
             static = choose_static(prediction, bins, bounds, args.static_ratio, absent)
             f_s = encoder(common.normalize(image_s[None])).features
             f_t = encoder(common.normalize(image_t[None])).features
-            y_s = pick(pair["label"][None].to(device), *f_s.shape[2:])
+            y_s = common.pick(pair["label"][None].to(device), *f_s.shape[2:])
             prototypes = class_prototypes(f_s[0], y_s[0], args.num_classes)
             if args.calibrate:
                 prototypes = calibrate(prototypes, state["ema_source"], state["ema_target"])
             dynamic = dynamic_labels(f_t[0], prototypes, args.tau)
-        y_f = pick(static[None], *item["label"].shape)[0]
+        y_f = common.pick(static[None], *item["label"].shape)[0]
         y_d = enlarge(dynamic[None], *item["label"].shape)[0]
         yield item, pair, {kind: target_labels(kind, y_f, y_d) for kind in LABEL_KINDS}
 
@@ -552,7 +538,7 @@ def label_statistics(labelled_pairs, device) -> dict:
             counts[kind] += torch.stack([known.sum(), labelled.sum(), right.sum()])
     result = {}
     for kind, own in counts.items():
-        pixels, covered, hits = common.over_ranks(own).tolist()
+        pixels, covered, hits = common.all_reduce(own).tolist()
         accuracy = 100 * hits / covered if covered else None
         result[kind] = {"coverage": 100 * covered / pixels, "accuracy": accuracy}
     return result
@@ -699,8 +685,8 @@ def train(args, settings, source, target_images, validation, initial, device):
             logits_t = common.upsample(T.main, crop)
             f_s = S.features.float()  # (B, D, h, w)
             f_t = T.features.float()
-            y_s = pick(y_s_full, *f_s.shape[2:])  # (B, h, w)
-            y_f = pick(y_f_full, *f_t.shape[2:])
+            y_s = common.pick(y_s_full, *f_s.shape[2:])  # (B, h, w)
+            y_f = common.pick(y_f_full, *f_t.shape[2:])
             batch = range(len(x_s))
 
             # p_S -> μ_S, for every pair of a source and a target image
@@ -771,8 +757,8 @@ def report_labels(log, it: int, round_: int, static: dict, statistics: dict):
     coverage = static["coverage"]
     print(f"round {round_}: static labels on {coverage:.1f} % of the target's pixels", flush=True)
     for kind, s in statistics.items():
-        shares = f"on {s['coverage']:.1f} % of val, {s['accuracy'] or 0:.1f} % right"
-        print(f"round {round_}: {kind} labels {shares}", flush=True)
+        right = "" if s["accuracy"] is None else f", {s['accuracy']:.1f} % right"
+        print(f"round {round_}: {kind} labels on {s['coverage']:.1f} % of val{right}", flush=True)
     thresholds = bin_confidence(torch.tensor(static["thresholds"])).tolist()
     record = {"round": round_, "train_static_coverage": coverage, "thresholds": thresholds}
     log.write(iter=it, event="labels", **record, **statistics)
@@ -784,7 +770,7 @@ def report_labels(log, it: int, round_: int, static: dict, statistics: dict):
 def main():
     args, settings = parse()
     device = common.set_up(args.device)
-    settings["processes"] = str(common.world())
+    settings["processes"] = str(common.world_size())
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
         from demo.scenes import demo_scenes

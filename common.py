@@ -1,8 +1,9 @@
 """What both methods share: classes, DeepLab-V2, weight files, readers, evaluation, runs, pictures.
 
-No flag, no loss and no training loop is in this file: those are the methods, and each method is one
-file. Conventions: sizes are (W, H), tensors are (B, C, H, W), labels are trainIds 0..C-1 with 255 =
-ignore. Images travel as uint8 RGB and become float BGR minus the mean in `normalize`.
+No argument parser, no loss and no training loop is in this file: those are the methods, and each
+method is one file. Conventions: sizes are (W, H), tensors are (B, C, H, W), labels are trainIds
+0..C-1 with 255 = ignore. Images travel as uint8 RGB and become float BGR minus the mean in
+`normalize`.
 
 Contents: errors and files · values from text · classes · network · weight files · readers ·
           sampling · evaluation · device and ranks · resume, save, log · pictures
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from pathlib import Path
@@ -58,7 +60,7 @@ def as_sentence(error: Exception):
         return "out of memory: lower --workers, the batch size or the image sizes"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a process that reads images died ({text}): lower --workers, or add shared memory"
-    if isinstance(error, dist.DistError) or (world() > 1 and "peer" in text):
+    if isinstance(error, dist.DistError) or (world_size() > 1 and "peer" in text):
         return "another of torchrun's processes ended; its message says why"
     if isinstance(error, OSError):
         name = error.filename or "input or output"
@@ -86,11 +88,13 @@ def launch(main):
         status = 141
     except Exception as error:
         sentence = as_sentence(error)
-        if sentence is None:
-            raise
         with contextlib.suppress(OSError):  # stderr may be on a full disk
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
-        status = 2
+            if sentence is None:  # a bug
+                traceback.print_exc()
+                status = 1
+            else:
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+                status = 2
     finally:
         for reader in multiprocessing.active_children():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the reader's end
@@ -165,7 +169,7 @@ def lock(out):
     import fcntl  # not on Windows, where evaluation still works
 
     if rank() > 0:
-        wait_for_ranks()
+        barrier()
         return None
     with writing(out):
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -183,7 +187,7 @@ def lock(out):
                     leftover.unlink()
                 except PermissionError:  # yes, another user's
                     pass
-    wait_for_ranks()
+    barrier()
     return file
 
 
@@ -205,7 +209,8 @@ def content_digest(paths) -> str:
 
 
 # ====================================================================== values from text
-# A value that does not fit is a ValueError, which argparse tells with the flag and __name__.
+# A value that does not fit raises a ValueError; argparse reports it with the flag and the
+# function's __name__.
 
 
 def number(kind, low, high):
@@ -222,7 +227,7 @@ def number(kind, low, high):
 
 
 def size(text: str) -> tuple:
-    """(W, H). Discriminators halve a map five times, so that no side is below 32."""
+    """(W, H), no side below 32: a discriminator halves a map five times."""
     width, height = text.lower().split("x")
     side = number(int, 32, 4096)
     return side(width), side(height)
@@ -329,7 +334,8 @@ class AtrousHead(nn.Module):
             nn.init.normal_(conv.weight, std=0.01)
 
     def forward(self, features: Tensor) -> Tensor:
-        return sum(conv(features) for conv in self.conv2d_list)
+        # Under autocast convolutions give bfloat16; their sum and the losses are taken in float32.
+        return sum(conv(features).float() for conv in self.conv2d_list)
 
 
 class DeepLabV2(nn.Module):
@@ -374,9 +380,8 @@ class DeepLabV2(nn.Module):
         x = self.run_blocks(self.layer2, x)  # (B, 8 * width, H/8, W/8)
         middle = self.run_blocks(self.layer3, x)  # (B, 16 * width, H/8, W/8)
         features = self.run_blocks(self.layer4, middle)  # (B, 32 * width, H/8, W/8)
-        # Under autocast convolutions give bfloat16; losses and entropies are taken in float32.
-        main = self.layer6(features)[:, : self.num_classes].float()  # see inference_copy
-        aux = None if self.layer5 is None else self.layer5(middle).float()
+        main = self.layer6(features)[:, : self.num_classes]  # see inference_copy
+        aux = None if self.layer5 is None else self.layer5(middle)
         return Prediction(main, aux, features)
 
     def run_blocks(self, stage: nn.Sequential, x: Tensor) -> Tensor:
@@ -385,6 +390,7 @@ class DeepLabV2(nn.Module):
         options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in stage:
             passes = (contextlib.nullcontext(), statistics_stay(block))
+            # the function is called at once, with this block's contexts
             x = checkpoint(block, x, context_fn=lambda: passes, **options)
         return x
 
@@ -847,7 +853,8 @@ def check_classes(source_root, target_root, num_classes: int):
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
     """A decoded Pillow image; a UserError names a file that is missing, broken, huge or no image.
 
-    low_bytes: the low byte of each channel of a 16-bit RGB file; Pillow by itself keeps the high.
+    low_bytes: the low byte of each channel of a 16-bit RGB file. Pillow by itself keeps the high,
+    and torchvision's reader, deprecated by now, refuses such files before version 0.20.
     """
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError(f"no image at {path}: check the path; a folder or broken link may be there")
@@ -1057,7 +1064,7 @@ def endless_order(length: int, seed: int, start: int, stop: int, batch: int):
     """
     epoch = -1
     for iteration in range(start, stop):
-        first = (iteration * world() + rank()) * batch
+        first = (iteration * world_size() + rank()) * batch
         for position in range(first, first + batch):
             if position // length != epoch:
                 epoch = position // length
@@ -1090,13 +1097,14 @@ class Batches:
 
 def one_by_one(dataset: Dataset, workers: int, device):
     """This rank's share of a dataset's items (every world-th), in order, not batched."""
-    share = range(rank(), len(dataset), world())
+    share = range(rank(), len(dataset), world_size())
     return read_items(dataset, workers, device, batch_size=None, sampler=share)
 
 
 def read_items(dataset: Dataset, workers: int, device, **options):
     """An iterator of what `workers` processes read, which start with the first item.
 
+    Forked after CUDA has started, they never touch it: they decode and resize on the CPU.
     They start with SIGINT and SIGTERM blocked: a signal to the whole group reaches this process
     alone, which saves and then ends them.
     """
@@ -1164,6 +1172,23 @@ def scores(confusion: Tensor, classes=None) -> dict:
 def upsample(logits: Tensor, size: tuple) -> Tensor:
     """(B,C,h,w) to (B,C,H,W) for size (W,H): bilinear, align_corners=True, as in both methods."""
     return F.interpolate(logits, size[::-1], mode="bilinear", align_corners=True)
+
+
+def map_centres(h: int, side: int, device=None) -> Tensor:
+    """(h,) int64: the pixel of `side` that each position of a map of h stands for.
+
+    round(i (side-1)/(h-1)): where align_corners=True puts the logits, and within a pixel of the
+    receptive field's centre. (Nearest resizing is 3 to 8 pixels off at the borders.)
+    """
+    positions = torch.arange(h, dtype=torch.float64, device=device)
+    return torch.round(positions * (side - 1) / max(h - 1, 1)).long()
+
+
+def pick(labels: Tensor, h: int, w: int) -> Tensor:
+    """Labels (B,H,W) at the centres of the positions of an (h,w) map -> (B,h,w)."""
+    rows = map_centres(h, labels.shape[1], labels.device)
+    columns = map_centres(w, labels.shape[2], labels.device)
+    return labels[:, rows[:, None], columns]
 
 
 def upsampled_argmax(logits: Tensor, size: tuple) -> Tensor:
@@ -1249,7 +1274,7 @@ def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_ima
         confusion += confusion_matrix(label, prediction, C)
         if on_image:
             on_image(item["name"], logits, prediction)
-    confusion = over_ranks(confusion).cpu()
+    confusion = all_reduce(confusion).cpu()
     result = scores(confusion, dataset.classes)
     seconds = time.perf_counter() - begin
     return {**result, "confusion": confusion, "images": len(dataset), "seconds": seconds}
@@ -1277,39 +1302,39 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def over_ranks(tensor: Tensor, operation: str = "SUM") -> Tensor:
+def all_reduce(tensor: Tensor, operation: str = "SUM") -> Tensor:
     """The tensor, replaced in place by its SUM or MAX over the ranks."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
     return tensor
 
 
 def merge_ranks(own: dict) -> dict:
     """The dicts of all ranks in one."""
-    parts = [own] * world()
-    if world() > 1:
+    parts = [own] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(parts, own)
     return {key: value for part in parts for key, value in part.items()}
 
 
-def wait_for_ranks():
-    if world() > 1:
+def barrier():
+    if world_size() > 1:
         dist.barrier()
 
 
 def average_over_ranks(*modules: nn.Module):
     """Average gradients and BatchNorm's running statistics over the ranks, in one message."""
-    if world() == 1:
+    if world_size() == 1:
         return
     tensors = []
     for module in modules:
         tensors += [p.grad for p in module.parameters() if p.grad is not None]
         tensors += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    flat = over_ranks(torch.cat([t.reshape(-1) for t in tensors])) / world()
+    flat = all_reduce(torch.cat([t.reshape(-1) for t in tensors])) / world_size()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 
@@ -1332,6 +1357,7 @@ def set_up(name) -> torch.device:
             raise UserError(f"torchrun's process {local + 1} has no GPU of {visible}: start fewer")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    # One group: gloo takes CPU tensors (signals, log, names, barriers), NCCL those of the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -1347,7 +1373,8 @@ def autocast(device, wanted):
 
 
 def compiled(function, wanted: bool):
-    """The function, compiled for fixed shapes if that is wanted."""
+    """The function, compiled for fixed shapes if that is wanted. `upsample` never is: torch 2.4
+    compiles its backward pass to wrong gradients."""
     return torch.compile(function, dynamic=False) if wanted else function
 
 
@@ -1372,8 +1399,9 @@ class StopSignal:
             os._exit(128 + number)
 
     def agreed(self) -> int:
-        """The signal that came, to this or to another rank; 0 for none."""
-        return int(over_ranks(torch.tensor(self.number), "MAX"))
+        """The signal that came, to this or to another rank; 0 for none. Of a tensor on the CPU, so
+        that it waits for the other ranks and not for the GPU."""
+        return int(all_reduce(torch.tensor(self.number), "MAX"))
 
     def close(self):
         for number, handler in self.before.items():
@@ -1413,7 +1441,7 @@ def earlier_run(folder, settings: dict):
 
 def resume(folder, settings: dict, state: dict) -> tuple:
     """Load last.pth of `folder` into the networks and optimizers of `state`: (its iteration, its
-    content), or (0, {}) for a fresh start."""
+    other entries), or (0, {}) for a fresh start."""
     content = earlier_run(folder, settings)
     if content is None:
         return 0, {}
@@ -1423,7 +1451,7 @@ def resume(folder, settings: dict, state: dict) -> tuple:
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"last.pth in {folder} does not fit this run ({reason}): remove the folder")
-    return content["iter"], content
+    return content["iter"], {name: value for name, value in content.items() if name not in state}
 
 
 def save(path, it: int, settings: dict, state: dict, **more):
@@ -1443,7 +1471,7 @@ def save(path, it: int, settings: dict, state: dict, **more):
         content.update(format=FORMAT, iter=it, settings=settings, input_size=input_size, **more)
         with atomic_write(path) as file:
             torch.save(content, file)
-    wait_for_ranks()
+    barrier()
 
 
 def read_log(path) -> list:
@@ -1523,7 +1551,7 @@ class Log:
             images = ", ".join(self.pending[i][0])
             what = f"{terms[t]} is {values[i, t]:g} at iteration {iteration} (images {images})"
             raise UserError(f"{what}: lower --lr, or look at these images; nothing is saved")
-        last = over_ranks(values[-1].clone()) / world()
+        last = all_reduce(values[-1].clone()) / world_size()
         losses = dict(zip(terms, last.tolist()))
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         rate = (it - self.since) / seconds

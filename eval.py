@@ -422,9 +422,11 @@ def add_run(rows: dict, path: Path):
         raise UserError(f"stopped at iteration {reached} of {start['iters']}")
     if not evaluations or evaluations[-1]["iter"] < start["iters"]:
         raise UserError("was not evaluated at its end")
-    means = [common.mean_iou(record) for record in evaluations]
-    iou = evaluations[-1]["iou"]
     settings = start["settings"]
+    names = list(evaluations[-1]["iou"])
+    absent = [names[c] for c in common.ABSENT.get(settings.get("source"), ())]
+    iou = {name: value for name, value in evaluations[-1]["iou"].items() if name not in absent}
+    means = [record[f"miou{len(iou)}"] or 0.0 for record in evaluations]
     seed = settings.pop("seed")
     settings.pop("ranking", None)  # a digest of its stage 1's results: other for every seed
     if len(str(settings.get("init"))) == 16:  # a digest, too
@@ -544,16 +546,6 @@ def draw_curves(args):
 # ====================================================================== features
 
 
-def pick(labels: Tensor, height: int, width: int) -> Tensor:
-    """Labels (H,W) at the positions of a map: (height,width). Position i of h stands for pixel
-    round(i (H-1) / (h-1)), where align_corners=True puts it."""
-    for axis, count in enumerate((height, width)):
-        # not linspace, which rounds some positions the other way
-        steps = torch.arange(count, dtype=torch.float64) * (labels.shape[axis] - 1)
-        labels = labels.index_select(axis, (steps / max(count - 1, 1)).round().long())
-    return labels
-
-
 @common.predicting()
 def sample_features(network, dataset: common.Labelled, workers: int, domain: int, device) -> tuple:
     """(features (N,D), label (N,), domain (N,), is_prototype (N,)) of one domain. At most
@@ -571,7 +563,7 @@ def sample_features(network, dataset: common.Labelled, workers: int, domain: int
     for item in common.one_by_one(images, workers, device):
         x = common.normalize(item["image"][None].to(device))
         maps = network(x).features[0].cpu()  # (D, h, w)
-        y = pick(item["label"], *maps.shape[1:]).flatten()  # (hw,)
+        y = common.pick(item["label"][None], *maps.shape[1:]).flatten()  # (hw,)
         f = maps.flatten(1).T  # (hw, D)
         for c in range(C):
             own = f[y == c]

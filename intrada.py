@@ -5,7 +5,7 @@ Pan, Shin, Rameau, Lee, Kweon. Stage 1 aligns source and target: this is AdvEnt 
 easy images (with pseudo labels) and hard ones. Stages 1 and 3 are one function, `train`, with other
 inputs: that symmetry is the method.
 
-    python intrada.py                                    demo: built-in scenes, small network, CPU
+    python intrada.py                                    demo: built-in scenes, small network
     python intrada.py --data-root DIR --out runs/gta5    GTA5 -> Cityscapes, ResNet-101
     torchrun --nproc_per_node=4 intrada.py --data-root DIR --out runs/four     batch 4 + 4
     python intrada.py --data-root DIR --out runs/x --stage 2 --ckpt FILE       rank with any file
@@ -36,8 +36,8 @@ D8  With several processes (torchrun) gradients and BatchNorm's running statisti
 D9  On GPUs that have bfloat16 the convolutions of training run in it (--no-amp: in TF32). Entropies
     and losses are computed in float32 from what they give. Ranking and evaluation are float32.
 D10 The demo (DEMO) is short. It starts from demo/initial.pth, a network trained on drawn source
-    scenes; the adversarial weights are 20 times the defaults, the rates of G and D 12 and 3 times,
-    and the heads' factor is 0.3.
+    scenes. Its adversarial weights are 20 times the defaults, its learning rates 12 times (G) and 3
+    times (D); the factor on the heads' is 0.3.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -110,7 +110,7 @@ def parse() -> tuple:
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
     classes = number(int, 2, 255)
-    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: plain folders alone")
+    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: folder data only")
     text = "WxH; GTA5 1280x720, SYNTHIA 1280x760 (released), Synscapes 1440x720; else --target-size"
     g.add_argument("--source-size", type=common.size, help=text)
     g.add_argument("--target-size", type=common.size, default="1024x512", help="WxH (released)")
@@ -156,7 +156,7 @@ def parse() -> tuple:
     g = parser.add_argument_group("speed")
     g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
-    g.add_argument("--compile", action=on_off, default=False, help="network and losses; slow start")
+    g.add_argument("--compile", action=on_off, default=False, help="G, CE and entropy; slow start")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
     g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
 
@@ -349,7 +349,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
         g_optimizer.zero_grad(set_to_none=True)
         d_optimizer.zero_grad(set_to_none=True)
 
-        # G on the labelled source: L_seg = CE(main) + 0.1 CE(aux)
+        # G on the labelled source: L_seg = λ_main CE(main) + λ_aux CE(aux)
         x_s, y_s = next(source_batches)  # (B, 3, H, W), (B, H, W)
         with autocast:
             S = G(common.normalize(x_s))
@@ -475,7 +475,7 @@ def rank_target(args, checkpoint: Path, images: dict, device):
         common.write_panel(gallery, {"prediction": G}, dataset, shown, device, pixel_entropy)
         with common.writing(folder):
             os.rename(partial, folder)
-    common.wait_for_ranks()
+    common.barrier()
 
 
 def ranking_content(folder: Path, rows: list) -> str:
@@ -532,7 +532,7 @@ def split(rows: list, ratio: float, normalized: bool) -> tuple:
 def main():
     args, settings = parse()
     device = common.set_up(args.device)
-    settings["processes"] = str(common.world())
+    settings["processes"] = str(common.world_size())
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
         from demo.scenes import demo_scenes

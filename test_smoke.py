@@ -405,16 +405,16 @@ def test_dynamic_labels(tau):
 
 def test_map_positions_stand_for_pixels_at_their_centres():
     labels = torch.randint(0, 19, (2, 33, 70))
-    picked = bcl.pick(labels, 5, 9)
+    picked = common.pick(labels, 5, 9)
     for i, j in product(range(5), range(9)):
         assert torch.equal(picked[:, i, j], labels[:, round(i * 32 / 4), round(j * 69 / 8)])
-    assert torch.equal(eval_script.pick(labels[0], 5, 9), picked[0])
-    columns = torch.arange(1068)[None]  # position 30 of 133 lies midway between two pixels
-    assert torch.equal(eval_script.pick(columns, 1, 133), bcl.pick(columns[None], 1, 133)[0])
-    assert bcl.pick(labels, 1, 1).tolist() == labels[:, :1, :1].tolist()
+    columns = torch.arange(1068)[None, None]  # position 30 of 133 lies midway between two pixels
+    wanted = [round(i * 1067 / 132) for i in range(133)]
+    assert common.pick(columns, 1, 133).tolist() == [[wanted]]
+    assert common.pick(labels, 1, 1).tolist() == labels[:, :1, :1].tolist()
     for side, more in product(range(32, 1101), (0, 1, 2)):  # what is enlarged is picked again
         labels = torch.arange(side // 8 + more)[None, :, None]
-        assert torch.equal(bcl.pick(bcl.enlarge(labels, side, 1), side // 8 + more, 1), labels)
+        assert torch.equal(common.pick(bcl.enlarge(labels, side, 1), side // 8 + more, 1), labels)
 
 
 @pytest.mark.parametrize("label_bn", ["batch", "running"])
@@ -1346,13 +1346,13 @@ def test_ctrl_c_saves_and_kill_9_leaves_no_lock():
 def test_a_signal_that_comes_while_ranks_agree_is_kept():
     """Also without a terminal that could be told of it."""
 
-    def over_ranks(tensor, operation):
+    def all_reduce(tensor, operation):
         signal.raise_signal(signal.SIGTERM)
         return tensor  # what the ranks had before
 
     stop = common.StopSignal()
     gone = mock.patch.object(os, "write", side_effect=BrokenPipeError)
-    with mock.patch.object(common, "over_ranks", over_ranks), gone:
+    with mock.patch.object(common, "all_reduce", all_reduce), gone:
         assert stop.agreed() == 0
     assert stop.agreed() == signal.SIGTERM
     stop.number = 0  # else closing would raise it again
@@ -1732,7 +1732,7 @@ def write_log(path, stage, seed, values, iters=20, classes=common.CLASSES, **set
     for i, value in enumerate(values, 1):
         iou = {**dict.fromkeys(classes), classes[0]: 2 * value}
         lines.append({"iter": 10 * i, "loss_seg": 1 / i, "loss_adv": 0.0, "lr": 1e-3})
-        score = {f"miou{len(classes)}": value, "iou": iou}
+        score = {f"miou{len(classes)}": value, "miou16": value + 1, "iou": iou}
         lines.append({"iter": 10 * i, "event": "evaluation", **score})
     common.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -1763,6 +1763,12 @@ def test_compare():
     assert "| road | 50.0 ± 11.1 | 24.0 | 26.0 | 19.0 ± 1.4 |" in text and "| sky | - |" in text
     assert "mIoU 2, last" in text and "| 1 | stage1 | 1 | 45.0 | 45.0 |" in text
     assert Image.open("out/compare.png").width > 500
+
+
+def test_compare_leaves_out_classes_of_which_the_source_has_no_pixel():
+    write_log("runs/s/log.jsonl", "bcl", 0, (10, 20), source="synthia")
+    out = succeed(eval_script, "--compare runs")
+    assert "mIoU 16, last" in out and "| 21.0 | 21.0 |" in out and "terrain" not in out
 
 
 def test_compare_on_foreign_logs():

@@ -59,7 +59,7 @@ def batch_of(images, labels, iteration):
 
 def cross_entropy(logits, labels):
     """Logits (B,C,h,w) against labels (B,H,W); a scalar."""
-    full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    full = common.upsample(logits, SIZE)  # (B, C, H, W)
     return F.cross_entropy(full, labels, ignore_index=common.IGNORE)
 
 

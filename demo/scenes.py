@@ -693,7 +693,7 @@ def demo_scenes(source: str) -> Path:
             if not root.exists():
                 raise
             # Another process was faster, with the same scenes.
-    common.wait_for_ranks()
+    common.barrier()
     return root
 
 
