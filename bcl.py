@@ -788,8 +788,7 @@ def main():
     validation = common.validation_set(args.target, target_root, args.num_classes, args.target_size)
     source_root = common.dataset_root(args.source, args.data_root, args.source_root)
     pairs = common.list_pairs(args.source, source_root)
-    if args.source == args.target == "folder":
-        common.check_classes(source_root, target_root, args.num_classes)
+    common.check_classes(args.source, source_root, args.target, target_root, args.num_classes)
 
     source = common.Labelled(pairs, args.source, args.num_classes, seed=args.seed)
     source.look()

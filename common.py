@@ -766,6 +766,23 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
     return LAYOUTS[kind][0]
 
 
+def files_below(folder) -> list:
+    """The paths of all files in a folder and its folders, links followed, hidden ones left out."""
+
+    def unreadable(error):
+        raise UserError(f"cannot read folder {error.filename}: change its permissions")
+
+    found = []
+    for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        above = [os.path.realpath(outer) for outer in Path(parent).absolute().parents]
+        if os.path.islink(parent) and os.path.realpath(parent) in above:  # it leads back
+            inner.clear()
+            continue
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return found
+
+
 def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     """{name: path} of the files below the folders that match the pattern, in order.
 
@@ -776,30 +793,19 @@ def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     if not folders:
         raise UserError(f"no folder {root / pattern} for {kind}: check the root and the archives")
     base = root / pattern.split("/*")[0]
-
-    def unreadable(error):
-        raise UserError(f"cannot read folder {error.filename}: change its permissions")
-
     found = {}
-    for folder in folders:
-        for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
-            above = [os.path.realpath(outer) for outer in Path(parent).absolute().parents]
-            if os.path.islink(parent) and os.path.realpath(parent) in above:  # it leads back
-                inner.clear()
-                continue
-            for name in names:
-                suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
-                if suffix is None or name.startswith("."):
-                    continue
-                path = Path(parent, name)
-                below = name if kind == "gta5" else path.relative_to(base).as_posix()
-                key = below[: -len(suffix)]
-                # Names become lines of text files: no line breaks, and nothing but UTF-8.
-                if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff]", key):
-                    raise UserError(f"{str(path)!a}: control character or no UTF-8, rename it")
-                if key in found:
-                    raise UserError(f"{found[key]} and {path} have one name: remove one")
-                found[key] = path
+    for path in itertools.chain(*map(files_below, folders)):
+        suffix = next((s for s in suffixes if path.name.lower().endswith(s.lower())), None)
+        if suffix is None:
+            continue
+        below = path.name if kind == "gta5" else path.relative_to(base).as_posix()
+        key = below[: -len(suffix)]
+        # Names become lines of text files: no line breaks, and nothing but UTF-8.
+        if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff]", key):
+            raise UserError(f"{str(path)!a}: control character or no UTF-8, rename it")
+        if key in found:
+            raise UserError(f"{found[key]} and {path} have one name: remove one")
+        found[key] = path
     if not found:
         raise UserError(f"no *{suffixes[0]} files in {folders[0]}: check the dataset's root")
     return {key: found[key] for key in sorted(found, key=numeric_order)}
@@ -843,11 +849,11 @@ def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     return tuple(names)
 
 
-def check_classes(source_root, target_root, num_classes: int):
-    """Refuse two plain folders whose classes.txt differ."""
-    of_source = dataset_classes("folder", source_root, num_classes)
-    if of_source != dataset_classes("folder", target_root, num_classes):
-        raise UserError(f"classes.txt of {source_root} and {target_root} differ: align them")
+def check_classes(source: str, source_root, target: str, target_root, num_classes: int):
+    """Refuse domains of other classes; source and target are their kinds."""
+    of_source = dataset_classes(source, source_root, num_classes)
+    if of_source != dataset_classes(target, target_root, num_classes):
+        raise UserError(f"{source_root} and {target_root} have other classes: align classes.txt")
 
 
 def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
@@ -1150,12 +1156,13 @@ def iou(confusion: Tensor) -> Tensor:
 def scores(confusion: Tensor, classes=None) -> dict:
     """{"miou19", "miou16", "miou13", "iou": {class: value}} in percent, means without NaN.
 
-    With other than 19 classes "miou<C>" alone. None stands for undefined.
+    With other classes than Cityscapes' "miou<C>" alone. None stands for undefined.
     """
     num_classes = len(confusion)
     per_class = 100 * iou(confusion)
+    names = classes or class_names(num_classes)
     subsets = {num_classes: range(num_classes)}
-    if num_classes == 19:
+    if tuple(names) == CLASSES:
         subsets.update({16: SUBSET_16, 13: SUBSET_13})
 
     def value(x):
@@ -1164,7 +1171,6 @@ def scores(confusion: Tensor, classes=None) -> dict:
     result = {}
     for count, members in subsets.items():
         result[f"miou{count}"] = value(per_class[list(members)].nanmean())
-    names = classes or class_names(num_classes)
     result["iou"] = {name: value(x) for name, x in zip(names, per_class)}
     return result
 
@@ -1423,8 +1429,11 @@ def earlier_run(folder, settings: dict):
     """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
     path = Path(folder) / "last.pth"
     if not path.exists():
-        if (Path(folder) / "best.pth").exists():  # not of a run: an evaluation would overwrite it
-            raise UserError(f"{folder} holds best.pth, but no last.pth: choose another --out")
+        log = Path(folder) / "log.jsonl"
+        opening = log.read_text(errors="replace")[:8] if log.exists() else ""
+        # a run writes neither of the two like this, and would overwrite them
+        if (Path(folder) / "best.pth").exists() or not '{"iter":'.startswith(opening):
+            raise UserError(f"{folder} holds best.pth or log.jsonl of no run: choose another --out")
         return None
     other = "choose another --out or remove the folder"
     content = read_checkpoint(path)
@@ -1669,7 +1678,8 @@ def report(out, runs: dict, validation: Labelled, device, entropy):
     for title, folder in runs.items():
         columns[title] = evaluations(read_log(Path(folder) / "log.jsonl"))[-1]
         networks[title] = inference_copy(load(Path(folder) / "last.pth")).to(device)
-    print(f"\nIoU in percent on {len(validation)} validation images, last checkpoints:")
+    images = columns[title].get("images")  # which the set had then
+    print(f"\nIoU in percent on {images} validation images, last checkpoints:")
     print(score_table(columns))
     means = {}
     for index in spread(len(validation), 24):

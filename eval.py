@@ -135,7 +135,7 @@ def expand(patterns: list, flag: str, endings: tuple) -> dict:
         for path in map(Path, matches):
             if path.is_file():
                 own.setdefault(path, path.parent)
-            for file in sorted(path.rglob("[!.]*")):
+            for file in sorted(common.files_below(path) if path.is_dir() else []):
                 if file.is_file() and f"/{file.name.lower()}".endswith(endings):
                     own.setdefault(file, path)
         if not own:
@@ -171,7 +171,9 @@ def library(module: str):
 def load_networks(args) -> tuple:
     """(networks on the device, their files, the device); says what was loaded."""
     device = common.set_up(args.device)
-    paths = args.ckpt or sorted(Path("runs").rglob("last.pth"), key=os.path.getmtime)[-1:]
+    trained = common.files_below("runs") if os.path.isdir("runs") else []
+    trained = [path for path in trained if path.name == "last.pth"]
+    paths = args.ckpt or sorted(trained, key=os.path.getmtime)[-1:]
     if not paths:
         raise UserError("no last.pth below runs/: train first, or name a file with --ckpt")
     networks = [common.load(path) for path in paths]
@@ -209,6 +211,7 @@ def find(list_files, args, domain: str, num_classes: int) -> tuple:
     if args.target == "cityscapes" and not (data_root or args.source_root or args.target_root):
         from demo.scenes import demo_scenes
 
+        print("Built-in scenes. Real data: --data-root DIR")
         data_root = demo_scenes(args.source)
     root = common.dataset_root(kind, data_root, getattr(args, f"{domain}_root"))
     split = args.split if domain == "target" else "train"
@@ -328,6 +331,7 @@ def score_images(args):
     if args.json:
         result["confusion"] = result["confusion"].tolist()
         about = {"ckpt": [str(path) for path in paths], "input_size": dataset.size}
+        about.update(target=args.target, split=args.split, subset=args.subset and str(args.subset))
         common.write_text(args.json, json.dumps({**about, **result}, indent=1) + "\n")
 
 
@@ -347,8 +351,10 @@ def find_images(patterns: list) -> dict:
         if path in results and all(result.is_file() for result in results[:2]):
             continue
         name = path.relative_to(folder).as_posix().removesuffix(path.suffix)
-        while name in found:
-            name += "_2"
+        if name in found:
+            while name in found:
+                name += "_2"
+            print(f"{path} is written as {name}")
         found[name] = path
     if not found:
         raise UserError("--images: these are all results of this script, name other images")
@@ -482,7 +488,8 @@ def compare_runs(args):
     paths = list(expand(args.compare, "--compare", ("/log.jsonl",)))
     rows = group_runs(paths)
     text = "Percent, mean ± sample standard deviation over seeds. A run is named by the settings\n"
-    text += "that no more than half of its stage's runs have.\n"
+    text += "that no more than half of its stage's runs have. Runs that start from different files\n"
+    text += "count as seeds of one.\n"
     for classes, members in itertools.groupby(rows, key=lambda row: row["classes"]):
         means = [["", "run", "seeds", f"mIoU {len(classes)}, last", "best (oracle)"], ["---"] * 5]
         columns = [["last, IoU of", "---", *classes]]
@@ -601,6 +608,8 @@ def write_features(args):
         sample_features(network, target, args.workers, 1, device),
     ]
     features, label, domain, is_prototype = map(np.concatenate, zip(*parts))
+    if not len(label):
+        raise UserError("--features: no position of the maps has a class, name other images")
     found = {"features": features, "label": label, "domain": domain, "is_prototype": is_prototype}
     with common.atomic_write(args.features) as file:
         np.savez(file, names=np.array(source.classes), **found)

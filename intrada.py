@@ -189,8 +189,6 @@ def check(args):
         raise UserError("--ckpt is the file that stage 2 ranks with: it needs --stage 2")
     if args.ranking and args.stage != "3":
         raise UserError("--ranking is for --stage 3, which trains on another run's ranking")
-    if args.normalize_entropy and args.num_classes != 19:
-        raise UserError("--normalize-entropy counts rare classes of 19: it needs --num-classes 19")
     if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
         raise UserError("--num-classes other than 19 needs --source folder and --target folder")
     for side in ("source", "target"):
@@ -550,6 +548,9 @@ def main():
     # What the stages need is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
     images = common.list_images(args.target, target_root, "train")
+    classes = common.dataset_classes(args.target, target_root, C)
+    if args.normalize_entropy and classes != common.CLASSES:
+        raise UserError("--normalize-entropy counts rare classes of Cityscapes: leave it out")
     aligned = {} if args.alignment == "none" else images  # what training reads without labels
     if aligned or "2" in stages:
         common.Images(images).look()
@@ -565,8 +566,7 @@ def main():
         pairs = common.list_pairs(args.source, source_root)
         source = common.Labelled(pairs, args.source, C, args.source_size, seed=args.seed)
         source.look()
-        if args.source == args.target == "folder":
-            common.check_classes(source_root, target_root, C)
+        common.check_classes(args.source, source_root, args.target, target_root, C)
         files = [*source.files, *aligned.values()]
         settings_1 = {**settings, "images": common.fingerprint(files)}
         found = common.earlier_run(args.out / "stage1", settings_1) or {"iter": 0}

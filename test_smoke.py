@@ -665,6 +665,7 @@ def test_names_and_what_is_missing_or_twice(tmp_path):
         draw(f"images/{name}.png")
         draw(f"labels/{name}.png", 2)
     Path("images/sub/back").symlink_to("..")  # a link that leads back is not followed
+    draw("images/.thumbnails/0.png")
     assert list(common.list_pairs("folder", tmp_path)) == fine  # numbers in their order
     for name in ("para\u2029graph", "tab\t", "odd\udcff"):
         path = draw(f"images/{name}.png")
@@ -1269,9 +1270,11 @@ def test_the_same_command_again(module, broken, trained):
     shutil.copytree(trained(module), "run")
     before = {p: p.read_bytes() for p in Path("run").rglob("*.pth")}
     flags = f"{FLAGS[module]} --data-root broken"
+    for folder in ("leftImg8bit", "gtFine"):  # scores are of the images that were there
+        min((broken / f"Cityscapes/{folder}/val").rglob("*.png")).unlink()
     with mock.patch.object(common.Log, "add") as trains:
         out = succeed(module, flags, "--workers 1 --log-every 3 --save-every 1")
-        assert out.count("already trained") == 2 and "mIoU 19" in out and not trains.called
+        assert out.count("already trained") == 2 and "on 5 val" in out and not trains.called
     sibling = {intrada: bcl, bcl: intrada}[module]
     refuses(f"holds a run of {module.__name__}.py", sibling, FLAGS[sibling])
     torch.save(common.DeepLabV2(19, **NETWORK).state_dict(), "init.pth")
@@ -1284,6 +1287,8 @@ def test_the_same_command_again(module, broken, trained):
     assert {p: p.read_bytes() for p in Path("run").rglob("*.pth")} == before
     Path("run", STAGES[module][1], "last.pth").unlink()
     refuses("holds best.pth", module, FLAGS[module])
+    common.write_text(Path("new", STAGES[module][1], "log.jsonl"), '{"step": 1}\n')
+    refuses("log.jsonl", module, FLAGS[module], "--out new")
 
 
 @BOTH
@@ -1496,7 +1501,6 @@ BAD_FLAGS += [
     (bcl, "--scales 0", "--scales"), (intrada, "--stop-iters 7", "--stop-iters"),
     (intrada, "--ckpt file --stage 3", "--ckpt"), (intrada, "--ranking folder", "--ranking"),
     (intrada, "--ratio 0.09", "--ratio"), (intrada, "--stage 3 --ranking folder", "folder"),
-    (intrada, "--normalize-entropy --num-classes 7", "--normalize-entropy"),
     (intrada, "--out occupied", "occupied/stage1"),
 ]  # fmt: skip
 
@@ -1595,6 +1599,7 @@ def test_scores_pictures_and_label_ids():
     found = json.loads(Path("out/x.json").read_text())
     assert np.abs(found["confusion"] - confusion).sum() <= 4
     assert np.sum(found["confusion"]) == confusion.sum()
+    assert found["split"] == "val" and found["subset"] is None
     expected = common.scores(torch.tensor(found["confusion"]))
     assert all(found[name] == expected[name] for name in expected)
     assert "mIoU 13" in out and "5 images" in out and found["images"] == 5
@@ -1607,6 +1612,8 @@ def test_newest_checkpoint_subset_and_branches():
     for name, age in ages.items():
         save(f"runs/{name}", network, (96, 32))
         os.utime(f"runs/{name}", (1e9 - age, 1e9 - age))
+    Path("runs/a").rename("elsewhere")
+    Path("runs/a").symlink_to("../elsewhere")
     names = [name.split("/")[-1] for name in val_pairs()]
     Path("names.txt").write_text("\n".join(names[:2]))
     flags = f"{EVAL} --subset names.txt --json x.json"
@@ -1631,6 +1638,19 @@ def test_test_labels_are_not_read():
         succeed(eval_script, EVAL, flags)
     ids = read("ids/berlin_000000_000019_pred_labelIds.png")
     assert ids.shape == (50, 100) and set(np.unique(ids)) <= set(CITYSCAPES_IDS)
+
+
+def test_a_folder_with_nineteen_classes_of_its_own():
+    for name in "01":
+        draw(f"own/images/{name}.png")
+    names = "abcdefghijklmnopqrs"
+    Path("own/classes.txt").write_text("\n".join(names))
+    own = "--target folder --target-root own"
+    refuses("--normalize-entropy", intrada, INTRADA, own, "--normalize-entropy")
+    for module in (intrada, bcl):
+        refuses("have other classes", module, FLAGS[module], own)
+    found = common.scores(torch.ones(19, 19).long(), tuple(names))
+    assert list(found) == ["miou19", "iou"] and list(found["iou"]) == list(names)
 
 
 def test_other_classes_than_cityscapes_nineteen():
@@ -1680,6 +1700,7 @@ def test_images_of_any_kind():
     flags = "--ckpt net.pth --device cpu --images in oth*/* other/deep.png --save-dir"
     status, out, err = call(eval_script, flags, "out")
     assert status == 2 and "in/broken.jpg" in err and "1 of 5" in err and "4 images" in out
+    assert "other/palette.webp is written as palette_2" in out
     pixels = {
         "a/b/turned": np.rot90(rgb, -1),
         "palette": np.array(Image.open("in/palette.png").convert("RGB")),
@@ -1830,6 +1851,13 @@ def test_features():
             distance, place = (every[None] - points[:, None]).abs().amax(2).min(1)
             assert distance.max() < 1e-5 * features.max()
             assert len(place.unique()) == len(points) == min(7, len(every))
+    label = np.full((64, 64), 255, np.uint8)
+    label[3:5] = 0  # between the positions of the map
+    common.write_png("own/labels/0.png", label)
+    draw("own/images/0.png", size=(64, 64))
+    own = "--source folder --source-root own --target folder --target-root own"
+    flags = f"{CPU} --ckpt net.pth --input-size 64x64 --features empty.npz"
+    refuses("no position", eval_script, own, flags)
 
 
 REFUSED = [  # flags, what the message names
