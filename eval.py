@@ -488,8 +488,8 @@ def compare_runs(args):
     paths = list(expand(args.compare, "--compare", ("/log.jsonl",)))
     rows = group_runs(paths)
     text = "Percent, mean ± sample standard deviation over seeds. A run is named by the settings\n"
-    text += "that no more than half of its stage's runs have. Runs that start from different files\n"
-    text += "count as seeds of one.\n"
+    text += "that no more than half of its stage's runs have. Runs that start from different\n"
+    text += "files count as seeds of one.\n"
     for classes, members in itertools.groupby(rows, key=lambda row: row["classes"]):
         means = [["", "run", "seeds", f"mIoU {len(classes)}, last", "best (oracle)"], ["---"] * 5]
         columns = [["last, IoU of", "---", *classes]]
