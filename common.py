@@ -767,12 +767,15 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
 
 
 def files_below(folder) -> list:
-    """The paths of all files in a folder and its folders, links followed, hidden ones left out."""
+    """The paths of all files in a folder and its folders, links followed, hidden ones left out;
+    none if it is no folder."""
 
     def unreadable(error):
         raise UserError(f"cannot read folder {error.filename}: change its permissions")
 
     found = []
+    if not os.path.isdir(folder):
+        return found
     for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
         above = [os.path.realpath(outer) for outer in Path(parent).absolute().parents]
         if os.path.islink(parent) and os.path.realpath(parent) in above:  # it leads back

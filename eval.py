@@ -135,7 +135,7 @@ def expand(patterns: list, flag: str, endings: tuple) -> dict:
         for path in map(Path, matches):
             if path.is_file():
                 own.setdefault(path, path.parent)
-            for file in sorted(common.files_below(path) if path.is_dir() else []):
+            for file in sorted(common.files_below(path)):
                 if file.is_file() and f"/{file.name.lower()}".endswith(endings):
                     own.setdefault(file, path)
         if not own:
@@ -171,8 +171,7 @@ def library(module: str):
 def load_networks(args) -> tuple:
     """(networks on the device, their files, the device); says what was loaded."""
     device = common.set_up(args.device)
-    trained = common.files_below("runs") if os.path.isdir("runs") else []
-    trained = [path for path in trained if path.name == "last.pth"]
+    trained = [path for path in common.files_below("runs") if path.name == "last.pth"]
     paths = args.ckpt or sorted(trained, key=os.path.getmtime)[-1:]
     if not paths:
         raise UserError("no last.pth below runs/: train first, or name a file with --ckpt")

@@ -1274,7 +1274,8 @@ def test_the_same_command_again(module, broken, trained):
         min((broken / f"Cityscapes/{folder}/val").rglob("*.png")).unlink()
     with mock.patch.object(common.Log, "add") as trains:
         out = succeed(module, flags, "--workers 1 --log-every 3 --save-every 1")
-        assert out.count("already trained") == 2 and "on 5 val" in out and not trains.called
+        assert out.count("already trained") == 2 and "mIoU 19" in out and not trains.called
+        assert "on 5 validation images" in out
     sibling = {intrada: bcl, bcl: intrada}[module]
     refuses(f"holds a run of {module.__name__}.py", sibling, FLAGS[sibling])
     torch.save(common.DeepLabV2(19, **NETWORK).state_dict(), "init.pth")
@@ -1643,6 +1644,8 @@ def test_test_labels_are_not_read():
 def test_a_folder_with_nineteen_classes_of_its_own():
     for name in "01":
         draw(f"own/images/{name}.png")
+    seven = "--source folder --source-root scenes --target folder --target-root own --num-classes 7"
+    refuses("--normalize-entropy", intrada, INTRADA, seven, "--normalize-entropy")
     names = "abcdefghijklmnopqrs"
     Path("own/classes.txt").write_text("\n".join(names))
     own = "--target folder --target-root own"
