@@ -1,30 +1,30 @@
-"""What both methods share: classes, DeepLab-V2, weight files, readers, evaluation, runs, pictures.
+"""What both methods share: classes, DeepLab-V2, weight files, readers, mIoU, runs, pictures.
 
-No argument parser, no loss and no training loop is in this file: those are the methods, and each
-method is one file. Conventions: sizes are (W, H), tensors are (B, C, H, W), labels are trainIds
-0..C-1 with 255 = ignore. Images travel as uint8 RGB and become float BGR minus the mean in
-`normalize`.
+This file holds no flag, no loss and no training loop. Those are the methods, and each method is one
+file. Sizes are (W, H). Tensors are (B, C, H, W). Labels are trainIds 0..C-1, and 255 means ignore.
+Images travel as uint8 RGB; `normalize` makes them float BGR minus the mean.
 
-Contents: errors and files · values from text · classes · network · weight files · readers ·
-          sampling · evaluation · device and ranks · resume, save, log · pictures
+Contents: errors and files · classes · network · weight files · readers · sampling · evaluation ·
+          device and ranks · resume, save, log · pictures
 """
 
+import colorsys
 import contextlib
 import copy
+import fcntl
 import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
-import re
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -34,107 +34,93 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import Bottleneck
-from torchvision.transforms.functional import pil_to_tensor
+
+# TF32 is off, everywhere. Training has bfloat16 where the GPU has it; all else is float32.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False  # NVIDIA's containers switch it on
 
 # ====================================================================== errors and files
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the file or flag and what to do."""
-
-
-def as_sentence(error: Exception):
-    """What to tell about an exception that input or machine caused; None for a possible bug."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):  # a reading process's arrives as a printed traceback
-        return text.split("UserError: ")[-1]
-    if isinstance(error, torch.cuda.OutOfMemoryError) or ("CUDA" in text and "out of mem" in text):
-        return "out of GPU memory: lower batch or image size; training has --checkpoint-activations"
-    if isinstance(error, MemoryError) or "DefaultCPUAlloc" in text or "bad_alloc" in text:
-        return "out of memory: lower --workers, the batch size or the image sizes"
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return f"a process that reads images died ({text}): lower --workers, or add shared memory"
-    if isinstance(error, dist.DistError) or (world_size() > 1 and "peer" in text):
-        return "another of torchrun's processes ended; its message says why"
-    if isinstance(error, OSError):
-        name = error.filename or "input or output"
-        reason = error.strerror or text.split("Error: ")[-1]  # a reading process's: as above
-        return f"{name}: {reason}; check the path, its permissions and the disk"
-    return None
+    """A mistake that the user can correct: one sentence says what was found and what to do."""
 
 
 def launch(main):
-    """Run a script's main(). A user's mistake becomes one line on stderr and exit status 2."""
-    # sys.exit, so that temporary files are removed on the way out
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without λ prints an escape
-            stream.reconfigure(errors="backslashreplace")
+    """Run a script's main(). Exit status: 0 at the end, 2 and one sentence for what a user can
+    correct, 130 after Ctrl-C, 1 and a traceback for anything else."""
     status = 0
+    message = None
     try:
         main()
-    except SystemExit as stop:
-        status = stop.code
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # the reader of our output, say head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = 141
+        message = f"\nstopped{resume_hint}"
     except Exception as error:
-        sentence = as_sentence(error)
+        sentence = explain(error)
+        status = 2 if sentence else 1
+        message = f"error: {sentence}" if sentence else traceback.format_exc()
+    if message:
         with contextlib.suppress(OSError):  # stderr may be on a full disk
-            if sentence is None:  # a bug
-                traceback.print_exc()
-                status = 1
-            else:
-                print(f"error: {sentence}", file=sys.stderr, flush=True)
-                status = 2
-    finally:
-        for reader in multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the reader's end
-            reader.kill()  # a normal exit would wait for it: readers see no signal of ours
-    if dist.is_initialized():
-        # A normal exit waits for processes that may wait for this one, and gloo of torch 2.4 may
-        # hang in it.
+            print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():  # a normal exit waits for other ranks, and may hang in torch 2.4
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
-@contextlib.contextmanager
-def writing(path):
-    """A full disk, a missing permission or a folder in the way become a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error)[:80]
-        raise UserError(f"cannot write {path} ({reason}): choose another place, or free the disk")
+resume_hint = ""  # `resume` and `save` say here where the run would resume
+
+
+def explain(error: Exception):
+    """The sentence for an exception that a user can correct; None for anything else."""
+    text = str(error).strip()
+    # An error in a reading process arrives as a printed traceback. Its last line is the message.
+    line = text.split("\n")[-1]
+    if isinstance(error, UserError):
+        return line.split("UserError: ")[-1]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of GPU memory. Use smaller images or batches, or --checkpoint-activations."
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "out of memory. Lower --workers, the batch size or the image sizes."
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"a process that reads images ended ({line}). Lower --workers; memory may be short."
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(text.split("\n")[:2])[:200]
+        return f"--compile failed ({reason}). Install g++, free $TMPDIR, or leave it out."
+    if isinstance(error, BrokenPipeError):
+        return "the program that read the output has ended."
+    if isinstance(error, OSError) and "Too many open files" in text:
+        return f"{line}. Raise the limit with `ulimit -n 4096`, or lower --workers."
+    if isinstance(error, OSError) and "Permission denied" in text:
+        return f"{line}. Change its permissions."
+    if isinstance(error, OSError):
+        return f"{line}. Check the path and the disk."
+    return None
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open `path` for binary writing. The file appears whole or not at all."""
+    """Open `path` for binary writing. The file appears whole or not at all, whenever the process is
+    killed. Its folder is made. UserError if it cannot be written."""
     path = Path(path)
-    # Short, as the file's own name may have any length; with the rank, as processes on two machines
-    # can have one pid.
-    temporary = path.with_name(f".{rank()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}). Check the path and the disk's space.")
 
 
 def write_text(path, text: str):
@@ -142,114 +128,60 @@ def write_text(path, text: str):
         file.write(text.encode())
 
 
-def read_lines(path: Path) -> list:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text: save it as UTF-8") from None
-
-
-def write_png(path, array: np.ndarray, num_classes: int = None):
-    """An (H,W,3) or (H,W) uint8 picture as PNG. With num_classes, (H,W) trainIds: the pixels stay
-    trainIds, and a palette lets viewers show them in colour."""
+def write_png(path, array: np.ndarray, classes: tuple = None):
+    """Write a uint8 picture (H,W,3) or (H,W) as PNG. With class names, (H,W) trainIds keep their
+    values, and a palette lets viewers show them in colour."""
     image = Image.fromarray(array)
-    if num_classes is not None:
-        image.putpalette(palette(num_classes).tobytes())
+    if classes is not None:
+        image.putpalette(palette(classes).tobytes())
     with atomic_write(path) as file:
         image.save(file, format="PNG")
 
 
 def lock(out):
-    """Keep other runs out of the folder `out` until this process ends; returns what must be kept.
-
-    A lock of fcntl belongs to this process: readers do not inherit it, and kill -9 ends it.
-    Temporary files whose process is gone, as such a kill leaves them, are removed; that of a living
-    one may be of a run whose --out lies inside this one.
-    """
-    import fcntl  # not on Windows, where evaluation still works
-
-    if rank() > 0:
-        barrier()
-        return None
-    with writing(out):
+    """Keep other runs out of the folder `out` until this process ends. Keep the returned file."""
+    file = None
+    if rank() == 0:
         Path(out).mkdir(parents=True, exist_ok=True)
-        file = open(Path(out) / ".lock", "a")
+        file = open(Path(out, ".lock"), "w")
         try:
+            # fcntl's lock is not inherited by reading processes, so that kill -9 frees it at once.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out {out} is in use by another run: wait, or choose another --out")
-        for leftover in Path(out).rglob(".*.tmp"):
-            owner = re.fullmatch(r"\.\d+\.(\d{1,9})\.tmp", leftover.name)
-            if owner and leftover.is_file():
-                try:
-                    os.kill(int(owner[1]), 0)  # sends nothing: is there such a process?
-                except ProcessLookupError:
-                    leftover.unlink()
-                except PermissionError:  # yes, another user's
-                    pass
+            raise UserError(f"--out {out} is in use by another run. Wait, or choose another --out.")
+        except OSError as error:  # some file systems of clusters have no locks
+            print(f"{out} cannot be locked ({error.strerror}). Start no other run there.")
     barrier()
     return file
 
 
-def digest(chunks) -> str:
-    """A short hash of pieces of bytes."""
-    result = hashlib.sha256()
-    for chunk in chunks:
-        result.update(chunk)
-    return result.hexdigest()[:16]
+def digest(data: bytes) -> str:
+    """The first 16 hex digits of the SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-def fingerprint(paths) -> str:
-    """Tells sets of files apart by names and sizes, wherever they lie."""
-    return digest(f"{Path(path).name} {os.stat(path).st_size}\n".encode() for path in paths)
+def fingerprint(names) -> str:
+    """A short hash of a list of names, in this order. What the files hold does not matter."""
+    return digest("\n".join(names).encode())
 
 
-def content_digest(paths) -> str:
-    return digest(Path(path).read_bytes() for path in paths)
+def refuse_inside(out, folder):
+    """Refuse an output folder inside a folder of images: the next run would read its pictures."""
+    if Path(os.path.abspath(out)).is_relative_to(os.path.abspath(folder)):
+        raise UserError(f"{out} lies inside {folder}, whose images are read. Write elsewhere.")
 
 
-# ====================================================================== values from text
-# A value that does not fit raises a ValueError; argparse reports it with the flag and the
-# function's __name__.
-
-
-def number(kind, low, high):
-    """A function from text to an int or float (`kind`) from low to high."""
-
-    def read_number(text: str):
-        value = kind(text)
-        if not low <= value <= high:  # true of nan, too
-            raise ValueError
-        return value
-
-    read_number.__name__ = f"{kind.__name__} ({low} to {high})"
-    return read_number
-
-
-def size(text: str) -> tuple:
-    """(W, H), no side below 32: a discriminator halves a map five times."""
+def WxH(text: str) -> tuple:
+    """A size: "1024x512" to (1024, 512). A ValueError, here and below, is reported by argparse."""
     width, height = text.lower().split("x")
-    side = number(int, 32, 4096)
-    return side(width), side(height)
+    return int(width), int(height)
 
 
-def layers(text: str) -> tuple:
-    """Blocks of the four stages of a ResNet."""
-    counts = tuple(map(number(int, 1, 999), text.split(",")))
-    if len(counts) != 4:
-        raise ValueError
-    return counts
+def block_counts(text: str) -> tuple:
+    """Blocks of the four stages of a ResNet: "3,4,23,3" to (3, 4, 23, 3)."""
+    one, two, three, four = map(int, text.split(","))
+    return one, two, three, four
 
-
-def place(text: str) -> Path:
-    if not text:  # an unset variable of the shell; Path("") is the current folder
-        raise ValueError
-    return Path(text)
-
-
-place.__name__ = "path (not empty)"
-size.__name__ = "size (WxH, sides of 32 to 4096)"
-layers.__name__ = "layers (four block counts, say 3,4,23,3)"
 
 # ====================================================================== classes
 
@@ -278,25 +210,30 @@ CLASS_TABLE = (
     ("bicycle",        33,  11, (119, 11, 32)),
 )  # fmt: skip
 CLASSES, CITYSCAPES_IDS, SYNTHIA_IDS, COLOURS = zip(*CLASS_TABLE)
-PALETTE = np.array(COLOURS, dtype=np.uint8)
 ABSENT = {"synthia": (9, 14, 16)}  # trainIds of which a source has no pixel: terrain, truck, train
 SUBSET_16 = tuple(c for c in range(19) if c not in ABSENT["synthia"])
 SUBSET_13 = tuple(c for c in SUBSET_16 if c not in (3, 4, 5))  # also without wall, fence, pole
 
 
-def palette(num_classes: int) -> np.ndarray:
-    """(256,3) uint8 colours of trainIds: Cityscapes' for 0..18, fixed ones beyond, black for 255
-    and whatever else is no class. `palette(C)[labels]` is (H,W,3)."""
-    colours = np.random.default_rng(0).integers(30, 256, (256, 3), dtype=np.uint8)
-    colours[:19] = PALETTE
-    colours[num_classes:] = 0
-    return colours
-
-
 def class_names(num_classes: int) -> tuple:
+    """Cityscapes' names for 19 classes, else numbers."""
     if num_classes == 19:
         return CLASSES
     return tuple(str(c) for c in range(num_classes))
+
+
+def palette(classes: tuple) -> np.ndarray:
+    """(256,3) uint8 colours of trainIds, so that `palette(classes)[labels]` is (H,W,3). Cityscapes'
+    classes have their own colours, other class sets get hues far apart. 255 is black."""
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    if tuple(classes) == CLASSES:
+        colours[:19] = COLOURS
+        return colours
+    for c in range(len(classes)):
+        hue = c / len(classes)
+        value = (1.0, 0.6)[c % 2]  # neighbours differ in brightness, too
+        colours[c] = [round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.8, value)]
+    return colours
 
 
 # ====================================================================== network
@@ -306,12 +243,14 @@ MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 
 def normalize(images: Tensor) -> Tensor:
     """RGB 0..255 (B,3,H,W), uint8 or float, to the network's input: float32 BGR 0..255 minus the
-    mean, no division. ValueError for another shape."""
+    mean, no division, channels last. ValueError for another shape."""
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"normalize takes (B, 3, H, W) images in RGB, not {tuple(images.shape)}")
-    bgr = images.flip(1).float()
+    bgr = torch.empty(
+        images.shape, device=images.device, memory_format=torch.channels_last
+    )  # (B, 3, H, W) float32
     for channel, mean in enumerate(MEAN_BGR):  # numbers: a tensor would make the host wait for CUDA
-        bgr[:, channel] -= mean
+        torch.sub(images[:, 2 - channel], mean, out=bgr[:, channel])
     return bgr
 
 
@@ -345,11 +284,12 @@ class DeepLabV2(nn.Module):
     layers and width are blocks per stage and channels of the stem; (3,4,23,3) and 64 make the
     papers' ResNet-101, whose published checkpoints load by name. aux=False leaves out layer5, the
     auxiliary head on layer3. BatchNorm's affine parameters are frozen, its statistics are not (see
-    `set_mode`). Weights lie channels last, with which convolutions are faster.
+    `set_mode`). Weights are stored channels last, because convolutions are then faster.
     """
 
-    checkpoint_activations = False  # True: the backward pass computes what lies inside blocks again
+    checkpoint_activations = False  # True: less memory; the backward pass runs blocks once more
     input_size = (1024, 512)  # (W, H) to which `predict` scales images; `load` sets its own
+    iterations = None  # of our own training; `load` sets it
 
     def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux=True):
         super().__init__()
@@ -369,20 +309,19 @@ class DeepLabV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(False)
+                module.num_batches_tracked = None  # not used here; counting costs a kernel
         self.layer5 = AtrousHead(16 * width, num_classes) if aux else None
         self.layer6 = AtrousHead(32 * width, num_classes)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Prediction:
-        x = images.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, width, H/4, W/4)
-        x = self.run_blocks(self.layer1, x)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, width, H/4, W/4)
+        x = self.run_blocks(self.layer1, x)  # (B, 4 * width, H/4, W/4)
         x = self.run_blocks(self.layer2, x)  # (B, 8 * width, H/8, W/8)
         middle = self.run_blocks(self.layer3, x)  # (B, 16 * width, H/8, W/8)
         features = self.run_blocks(self.layer4, middle)  # (B, 32 * width, H/8, W/8)
-        main = self.layer6(features)[:, : self.num_classes]  # see inference_copy
         aux = None if self.layer5 is None else self.layer5(middle)
-        return Prediction(main, aux, features)
+        return Prediction(self.layer6(features), aux, features)
 
     def run_blocks(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
@@ -390,23 +329,26 @@ class DeepLabV2(nn.Module):
         options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in stage:
             passes = (contextlib.nullcontext(), statistics_stay(block))
-            # the function is called at once, with this block's contexts
+            # checkpoint calls context_fn at once, so that `passes` is this block's
             x = checkpoint(block, x, context_fn=lambda: passes, **options)
         return x
 
-    def parameter_groups(self, backbone_lr: str, head_factor: float) -> list:
-        """Optimizer groups that list each parameter once, with its factor on the learning rate.
+    def parameter_groups(self, recipe: str, head_factor: float) -> list:
+        """Optimizer groups that list each parameter once, with its "lr_factor" (for the training
+        loop) and its "weight_decay".
 
-        The released optimizer lists a parameter several times and steps it as often. "released"
-        gives each once, with that factor: conv1 1, shortcut convolutions 4, all others 3. "paper"
-        gives the whole backbone 1. The heads get head_factor in both.
+        The released optimizer lists a parameter n times and steps it n times: n = 1 for conv1 and
+        the heads, 4 for shortcut convolutions, 3 for all others. "released" gives each parameter
+        once, with n as a factor on its rate. The old SGD added the weight decay in place into the
+        gradient, so that step k of n carried k times the decay: (n + 1)/2 times on average.
+        "paper" has n = 1 for all. The heads get head_factor in both.
         """
-        factors = {"conv1": 1.0, "convolution": 3.0, "shortcut": 4.0, "head": head_factor}
-        if backbone_lr == "paper":
-            factors.update(convolution=1.0, shortcut=1.0)
-        groups = {kind: [] for kind in factors}
+        repeats = {"conv1": 1, "convolution": 3, "shortcut": 4, "head": 1}
+        if recipe == "paper":
+            repeats.update(convolution=1, shortcut=1)
+        members = {kind: [] for kind in repeats}
         for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad:  # BatchNorm's
                 continue
             kind = "convolution"
             if name.startswith(("layer5.", "layer6.")):
@@ -415,8 +357,14 @@ class DeepLabV2(nn.Module):
                 kind = "conv1"
             elif ".downsample." in name:
                 kind = "shortcut"
-            groups[kind].append(parameter)
-        return [{"params": groups[kind], "lr_factor": factors[kind]} for kind in factors]
+            members[kind].append(parameter)
+        groups = []
+        for kind, n in repeats.items():
+            lr_factor = head_factor if kind == "head" else float(n)
+            weight_decay = 5e-4 * (n + 1) / 2
+            group = {"params": members[kind], "lr_factor": lr_factor, "weight_decay": weight_decay}
+            groups.append(group)
+        return groups
 
 
 def residual_stage(channels, planes: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:
@@ -431,12 +379,12 @@ def residual_stage(channels, planes: int, blocks: int, stride: int, dilation: in
 
 @contextlib.contextmanager
 def statistics_stay(block: nn.Module):
-    """BatchNorm's running statistics are afterwards what they were: a checkpoint's second forward
-    pass must not move them again."""
+    """Restore BatchNorm's running statistics on leaving: the second forward pass of a checkpointed
+    block must not move them again."""
     before = [buffer.clone() for buffer in block.buffers()]
     try:
         yield
-    finally:  # torch ends that pass with an exception
+    finally:  # torch leaves that pass early, by an exception
         for buffer, value in zip(block.buffers(), before):
             buffer.copy_(value)
 
@@ -463,183 +411,161 @@ def inference_copy(network: DeepLabV2) -> DeepLabV2:
                 setattr(module, f"bn{i}", nn.Identity())
         if isinstance(module, Bottleneck) and module.downsample is not None:
             module.downsample = fuse_conv_bn_eval(*module.downsample)
-    # CPUs are 3 times as fast where the number of output channels is a multiple of 16.
-    extra = -network.num_classes % 16
-    for conv in network.layer6.conv2d_list:
-        conv.weight.data = F.pad(conv.weight.data, (0, 0, 0, 0, 0, 0, 0, extra))
-        conv.bias.data = F.pad(conv.bias.data, (0, extra))
     return network
 
 
 # ====================================================================== weight files
 
-FORMAT = "intrada-bcl 2"  # header of our own checkpoints
-CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "ema_model")
-PREFIXES = ("module.", "_orig_mod.", "model.")
-ADAPTSEGNET = ("AdvEnt / IntraDA checkpoint", "single-level DeepLab")  # its files look like these
+FORMAT = "intrada-bcl 3"  # header of our own checkpoints
+TRUNK = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
+ADVENT = "AdvEnt / IntraDA checkpoint"  # AdaptSegNet's files have the same names and shapes
 
 
 class WeightReport(NamedTuple):
-    kind: str  # of file, as parse_weights names it
+    kind: str  # of file, as `parse_weights` names it
     loaded: list  # names of the tensors taken from the file
     skipped: list  # names in the file that this network has no use for
     initialised: list  # names in the network that keep their initial value
 
     def __str__(self):
         text = f"{self.kind}: loaded {len(self.loaded)} tensors"
-        for verb, names in (("skipped", self.skipped), ("kept initial", self.initialised)):
-            examples = f" ({names[0]}, ...)" if names else ""
-            text += f", {verb} {len(names)}{examples}"
-        if self.kind in ADAPTSEGNET:
-            text += " (if this is AdaptSegNet's own file: eval.py --branches 2)"
+        for verb, names in (("not used", self.skipped), ("kept initial", self.initialised)):
+            if names:
+                text += f", {verb} {len(names)} ({names[0]}, ...)"
+        if self.kind == ADVENT:
+            text += " (AdaptSegNet's own files look the same and are not supported)"
         return text
 
 
 def read_checkpoint(path) -> dict:
-    """The dict of tensors and plain values in a .pth or .safetensors file. Code in it never runs.
-
-    UserError for a file that is missing, damaged (a zip knows its checksums) or no dict.
-    """
+    """The dict of tensors and plain values in a weight file. No code in the file runs. UserError
+    for a file that is missing, damaged or not a dict."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}: check the path, and name the file, not a folder")
+        raise UserError(f"no weight file at {path}. Check the path; name the file, not its folder.")
+    file = io.BytesIO(Path(path).read_bytes())  # at once: a run may replace it meanwhile
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            if zipfile.is_zipfile(path):  # torch's own reader does not look at the checksums
-                with zipfile.ZipFile(path) as archive:
-                    # a folder: torch reads nothing of what has this attribute
-                    folders = [entry for entry in archive.infolist() if entry.external_attr & 0x10]
-                    if archive.testzip() or folders:
-                        raise ValueError
-            with warnings.catch_warnings():  # torch warns of TorchScript files, and refuses them
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError(f"{path}: reading it needs a package: pip install safetensors")
-    except (MemoryError, PermissionError):
+        if zipfile.is_zipfile(file):  # torch's own reader does not look at the checksums
+            damaged = zipfile.ZipFile(file).testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
+    except MemoryError:
         raise
     except Exception as error:  # a damaged file can make torch stumble anywhere
-        if "DefaultCPUAlloc" in str(error):  # torch's MemoryError
-            raise
-        content = None
-    if not isinstance(content, dict):
-        hint = "bring it again, or save the state dict alone (a run's own: remove its folder)"
-        raise UserError(f"{path} is damaged, no state dict, or holds objects beside it: {hint}")
+        reason = str(error).split("\n")[0][:100]
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):  # torch would advise to unpickle
+            reason = "it is not a weight file, or holds more than tensors and plain values"
+        hint = "Copy or download it again, or save its state dict alone."
+        raise UserError(f"{path} cannot be read as weights ({reason}). {hint}") from None
     return content
 
 
-def plain_state(content: dict, path) -> dict:
-    """{name: tensor} of a file: out of its containers, without prefixes, each tensor looked at."""
-    for _ in range(3):  # a container may be in a container
-        found = [key for key in CONTAINERS if isinstance(content.get(key), dict)]
-        if len(found) > 1:
-            raise UserError(f"{path} holds {' and '.join(found)}: save one of them in a file")
-        if found:
-            content = content[found[0]]
-    state = {}
+def flatten(content: dict, prefix: str = "") -> dict:
+    """{dotted name: tensor} of nested dicts. Values that are not tensors are left out."""
+    flat = {}
     for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            continue
-        while name.startswith(PREFIXES):
-            name = name.split(".", 1)[1]
-        if name in state:
-            raise UserError(f"{path} holds {name} under two prefixes: save one network in one file")
-        state[name] = value
-        counter = name.endswith("num_batches_tracked")
-        dense = value.layout is torch.strided and not (value.is_nested or value.is_meta)
-        if not dense or not (counter or value.is_floating_point()):
-            kind = f"{value.layout}, {value.dtype}"
-            raise UserError(f"{path}: {name} is no dense float tensor ({kind}): save it as float32")
-        if not value.float().isfinite().all():  # float(): for float8
-            raise UserError(f"{path}: {name} holds NaN or infinite values: take an earlier file")
-        if name.endswith("running_var") and (value.float() < 0).any():
-            raise UserError(f"{path}: {name} holds a variance below 0: the file is damaged")
-    return state
-
-
-def without(state: dict, *prefixes) -> tuple:
-    """(the state without the names that start with a prefix, those names)."""
-    kept = {name: value for name, value in state.items() if not name.startswith(prefixes)}
-    return kept, [name for name in state if name not in kept]
-
-
-def layer5_as_main(state: dict) -> dict:
-    return {name.replace("layer5.", "layer6."): value for name, value in state.items()}
-
-
-def head_channels(state: dict, layer: str) -> int:
-    """Input channels of a head, 0 without that head."""
-    weight = state.get(f"{layer}.conv2d_list.0.weight")
-    return weight.shape[1] if weight is not None and weight.dim() == 4 else 0
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        elif isinstance(value, Tensor):
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def parse_weights(content: dict, path="weights") -> tuple:
-    """(kind, state dict under our names, skipped names), told apart by the content alone."""
-    state = plain_state(content, path)
-    aux_channels = head_channels(state, "layer5")
-    main_channels = head_channels(state, "layer6")
-    if content.get("format") == FORMAT:
-        return "our checkpoint", state, []
-    if state and all(name.startswith("Scale.") for name in state):
-        kept, skipped = without(state, "Scale.layer5.")
-        kept = {name.removeprefix("Scale."): value for name, value in kept.items()}
-        return "initial weights (Scale.*)", kept, skipped
-    stem = state.get("conv1.weight")
-    if "fc.weight" in state and stem is not None and stem.shape[1:] == (3, 7, 7):
-        kept, skipped = without(state, "fc.")
-        # torchvision's input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means differ
-        # by less than 1 of 255.
+    """(kind, state, skipped) of a weight file, told apart by its content alone: state {our name:
+    tensor}, skipped [name in the file]. BatchNorm's counters are in neither.
+
+    The network may lie anywhere in nested dicts and behind any prefix. UserError if there is none,
+    or more than one.
+    """
+    flat = flatten(content)
+    flat = {name: x for name, x in flat.items() if not name.endswith("num_batches_tracked")}
+    landmark = "layer1.0.conv1.weight"
+    found = [name.removesuffix(landmark) for name in flat if name.endswith(landmark)]
+    prefixes = [prefix for prefix in found if prefix == "" or prefix.endswith(".")]
+    if len(prefixes) > 1:
+        names = " and ".join(prefix.rstrip(".") or "the top level" for prefix in prefixes)
+        raise UserError(f"{path} holds several networks: {names}. Save one of them in a file.")
+    if not prefixes:
+        keys = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise UserError(f"{path} holds no ResNet (its top keys: {keys}). See README, Weights.")
+    prefix = prefixes[0]
+    names = {}  # our name: name in the file
+    for name in flat:
+        if name.startswith(prefix):
+            names[name.removeprefix(prefix)] = name
+    heads = {name[:6] for name in names} & {"layer5", "layer6"}
+    if "target_conv1.weight" in names:
+        kind = "BCL release"
+        for name in [name for name in names if name.startswith("target_")]:
+            names[name.removeprefix("target_")] = names[name]  # a stem and layer1 of its own
+        heads = {"layer5"}  # its layer6 never runs
+    elif prefix.endswith("Scale."):
+        kind = "initial weights (Scale.*)"
+        heads = set()  # its head was trained for another task
+    elif "fc.weight" in names:
+        kind = "torchvision ResNet"
+    elif str(content.get("format")).startswith("intrada-bcl"):
+        kind = "our checkpoint"
+    elif heads == {"layer5", "layer6"}:
+        kind = ADVENT
+    elif heads == {"layer6"}:
+        kind = "AdvEnt, single level"
+    elif heads == {"layer5"}:
+        kind = "single-level DeepLab"
+    else:
+        kind = "trunk without heads, taken as Caffe's (BGR, 0..255)"
+
+    state = {}
+    for name, file_name in names.items():
+        if name.startswith(TRUNK) or name[:6] in heads:
+            state[name] = flat[file_name]
+            if not state[name].isfinite().all():
+                raise UserError(f"{path}: {name} has NaN or infinite values. Take an earlier file.")
+    used = {names[name] for name in state}
+    skipped = [name for name in flat if name not in used]
+    if heads == {"layer5"}:  # a single head has the name of the auxiliary one
+        state = {name.replace("layer5.", "layer6."): tensor for name, tensor in state.items()}
+    if kind == "torchvision ResNet":
+        # Its input is RGB, 0..1, divided by std; ours is BGR, 0..255. The means differ by less
+        # than 1 of 255.
         std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-        kept["conv1.weight"] = (stem.float() / (255 * std)).flip(1)
-        return "torchvision ResNet", kept, skipped
-    if any(name.startswith("target_conv1.") for name in state):
-        of_target = [name for name in state if name.startswith("target_")]
-        of_source = [name.removeprefix("target_") for name in of_target]
-        kept, skipped = without(state, "layer6.", *of_source)
-        kept = {name.removeprefix("target_"): value for name, value in kept.items()}
-        return "BCL release", layer5_as_main(kept), skipped
-    if aux_channels and main_channels == 2 * aux_channels:
-        return "AdvEnt / IntraDA checkpoint", state, []
-    if main_channels and not aux_channels:
-        return "AdvEnt, single level", state, []
-    if aux_channels and not main_channels:
-        return "single-level DeepLab", layer5_as_main(state), []
-    first = ", ".join(list(state)[:3]) or "no tensor"
-    raise UserError(f"{path} is no DeepLab-V2 (it begins with {first}): README says what is read")
+        state["conv1.weight"] = (state["conv1.weight"].float() / (255 * std)).flip(1)
+    return kind, state, skipped
 
 
 def load_weights(network: DeepLabV2, content, path="weights"):
     """Load a weight file's content into the network. Returns a WeightReport, or for no content
     (None) a sentence that says so.
 
-    Only a head of which the file has no tensor may keep its initial value. UserError if the file is
-    of another architecture or class count, or lacks anything else (num_batches_tracked apart).
+    A head keeps its initial value if the file has none, or one of another class count. UserError if
+    anything else is missing or has another shape.
     """
     if content is None:
         return "random initial weights"
     kind, state, skipped = parse_weights(content, path)
-    if network.layer5 is None:
-        state, unused = without(state, "layer5.")
-        skipped = skipped + unused
     own = network.state_dict()
-    heads = ("layer5.", "layer6.")
-    absent = tuple(head for head in heads if not any(name.startswith(head) for name in state))
-    initialised = [name for name in own if name.startswith(absent)]
-    wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
-    missing = [name for name in own if name not in state and name not in initialised]
-    wrong += [name for name in missing if not name.endswith("num_batches_tracked")]
-    if wrong:
-        name = wrong[0]
+    initialised = []
+    for head in ("layer5.", "layer6."):
+        bias = f"{head}conv2d_list.0.bias"
+        if bias not in own or bias not in state or own[bias].shape != state[bias].shape:
+            skipped += [name for name in state if name.startswith(head)]
+            state = {name: x for name, x in state.items() if not name.startswith(head)}
+            initialised += [name for name in own if name.startswith(head)]
+    for name in sorted((own.keys() | state.keys()) - set(initialised)):
         found = tuple(state[name].shape) if name in state else "missing"
         wanted = tuple(own[name].shape) if name in own else "missing"
-        flags = f"--num-classes {network.num_classes}, --width {network.width}"
-        flags += f", --layers {','.join(map(str, network.layers))}"
-        where = f"{name} is {found} in the file and {wanted} in the network"
-        raise UserError(f"{path} ({kind}) does not fit: {where}; check {flags}")
-    network.load_state_dict({**own, **state})
+        if found != wanted:
+            where = f"{name} is {found} in the file and {wanted} in the network"
+            layers = ",".join(map(str, network.layers))
+            flags = f"--layers {layers} and --width {network.width}"
+            raise UserError(f"{path} ({kind}) does not fit: {where}. Check {flags}.")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
     return WeightReport(kind, list(state), skipped, initialised)
 
 
@@ -647,46 +573,45 @@ def load(path) -> DeepLabV2:
     """The trained network in a checkpoint of ours or of a published kind, in eval mode, on the CPU.
 
     The architecture is read off the tensors. `input_size` (W,H) is what it was trained with, the
-    release's where the file does not say; `report` tells what was loaded.
+    release's where the file does not say. `weight_report` tells what was loaded, `digest` is a hash
+    of the weights.
     """
     content = read_checkpoint(path)
     kind, state, _ = parse_weights(content, path)
-    try:
-        blocks = []
-        for i in (1, 2, 3, 4):
-            names = [name for name in state if name.startswith(f"layer{i}.")]
-            blocks.append(1 + max(int(name.split(".")[1]) for name in names))
-        num_classes = state["layer6.conv2d_list.0.bias"].shape[0]
-        width = state["conv1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{path} has no trained classifier (layer6): name a trained checkpoint")
-    plausible = 2 <= num_classes <= 255 and 2 <= width <= 1024 and max(blocks) <= len(state)
-    if not plausible:  # before it is built
-        shape = f"{num_classes} classes, width {width}, blocks {blocks}"
-        raise UserError(f"{path} is damaged ({shape}): bring the file again")
-    network = DeepLabV2(num_classes, blocks, width, aux=head_channels(state, "layer5") > 0)
-    network.report = load_weights(network, content, path)
-    network.input_size = (1460, 730) if kind == "BCL release" else (1024, 512)
-    with contextlib.suppress(KeyError, TypeError, ValueError):  # not there, or no size
-        network.input_size = size("x".join(map(str, content["input_size"])))
+    bias = state.get("layer6.conv2d_list.0.bias")
+    if bias is None:
+        raise UserError(f"{path} ({kind}) has no trained classifier. Name a trained checkpoint.")
+    blocks = []
+    for i in (1, 2, 3, 4):
+        numbers = [int(name.split(".")[1]) for name in state if name.startswith(f"layer{i}.")]
+        blocks.append(1 + max(numbers, default=0))
+    width = len(state["bn1.weight"])
+    network = DeepLabV2(len(bias), blocks, width, aux="layer5.conv2d_list.0.bias" in state)
+    network.weight_report = load_weights(network, content, path)
+    weights = network.state_dict().values()
+    network.digest = digest(b"".join(tensor.numpy().tobytes() for tensor in weights))
+    if kind == "BCL release":
+        network.input_size = (1460, 730)
+    if kind == "our checkpoint":
+        network.input_size = tuple(content["input_size"])
+        network.iterations = content.get("iter")
     return network.eval()
 
 
-def initial_weights(init: str) -> tuple:
-    """(content, identity) of an --init flag: the content is None for none, torchvision's state dict
-    for imagenet, else a file's; the identity is the flag itself, or the file's digest."""
+def initial_weights(init: str):
+    """Content of a weight file for an --init flag: None for "none", torchvision's ImageNet weights
+    for "imagenet", else that of the file."""
     if init == "none":
-        return None, init
+        return None
     if init != "imagenet":
-        if not Path(init).is_file():
-            raise UserError(f"no weight file at --init {init}: give imagenet, none or a file")
-        return read_checkpoint(init), content_digest([init])
+        return read_checkpoint(init)
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True), init
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.split("/")[-1]
-        raise UserError(f"cannot fetch ImageNet weights ({error}): bring {cached}, or give --init")
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.split("/")[-1])
+        hint = f"Copy it to {cached}, or give a file with --init."
+        raise UserError(f"cannot fetch torchvision's ImageNet weights ({error}). {hint}")
 
 
 # ====================================================================== readers
@@ -705,7 +630,7 @@ class Layout(NamedTuple):
 
 
 TRAIN_IDS = tuple(range(19))
-PHOTOS = (".png", ".jpg", ".jpeg")
+PHOTOS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FINE = (("_leftImg8bit.png",), "_gtFine_labelIds.png")  # suffixes of Cityscapes
 ANON = (("_rgb_anon.png",), "_gt_labelIds.png")  # of ACDC and Dark Zurich
 # The first layout of a dataset whose image folder exists is taken.
@@ -720,7 +645,10 @@ LAYOUTS = {
     ),
     "synscapes": (Layout("img/rgb", "img/class"),),
     "cityscapes": (Layout("leftImg8bit/{split}", "gtFine/{split}", *FINE),),
-    "acdc": (Layout("rgb_anon/*/{split}", "gt/*/{split}", *ANON),),
+    "acdc": (
+        Layout("rgb_anon/*/{split}", "gt/*/{split}", *ANON),
+        Layout("rgb_anon/{split}", "gt/{split}", *ANON),  # flattened, as for DAFormer
+    ),
     "darkzurich": (Layout("rgb_anon/{split}/night", "gt/{split}/night", *ANON),),
     "bdd100k": (
         Layout("images/10k/{split}", "labels/sem_seg/masks/{split}", PHOTOS, ".png", TRAIN_IDS),
@@ -731,6 +659,7 @@ LAYOUTS = {
         Layout("images", "labels", PHOTOS, ".png", tuple(range(255))),
     ),
 }
+ROOT_NAMES = {"gta5": ("gta5", "gta"), "synthia": ("synthia", "randcityscapes")}
 SOURCES = ("gta5", "synthia", "synscapes", "cityscapes", "folder")
 TARGETS = ("cityscapes", "acdc", "darkzurich", "bdd100k", "folder")
 
@@ -738,19 +667,21 @@ TARGETS = ("cityscapes", "acdc", "darkzurich", "bdd100k", "folder")
 def dataset_root(kind: str, data_root, own_root=None) -> Path:
     """Where a dataset lies: its own root if given, else the folder of its name below the data root,
     in upper or lower case, with or without _."""
-    if not own_root and not data_root:
-        raise UserError(f"no folder is named for {kind}: give --data-root, or both domains' roots")
-    names = ("synthia", "randcityscapes") if kind == "synthia" else (kind,)
-    candidates = [Path(own_root)] if own_root else sorted(Path(data_root).glob("*"))
+    if own_root:
+        if not Path(own_root).is_dir():
+            raise UserError(f"no folder {own_root} for {kind}. Check the path.")
+        return Path(own_root)
+    if not data_root:
+        raise UserError(f"no folder is given for {kind}. Give --data-root, or its own folder.")
+    names = ROOT_NAMES.get(kind, (kind,))
     found = []
-    for root in candidates:
-        if root.is_dir() and (own_root or root.name.lower().replace("_", "") in names):
+    for root in sorted(Path(data_root).glob("*")):
+        if root.is_dir() and root.name.lower().replace("_", "") in names:
             found.append(root)
     if not found:
-        flags = "--data-root, --source-root or --target-root"
-        raise UserError(f"no {kind} data in {own_root or data_root}: check {flags}")
+        raise UserError(f"no {kind} folder in {data_root}. Check the path, or give its own folder.")
     if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1]} are both {kind}: name one by its own root")
+        raise UserError(f"{found[0]} and {found[1]} are both {kind}. Name one by its own root.")
     return found[0]
 
 
@@ -766,58 +697,57 @@ def find_layout(kind: str, root: Path, split: str) -> Layout:
     return LAYOUTS[kind][0]
 
 
-def files_below(folder) -> list:
-    """The paths of all files in a folder and its folders, links followed, hidden ones left out;
-    none if it is no folder."""
+def image_folder(kind: str, root, split: str = "train") -> Path:
+    """The folder below a dataset's root in which the images of all splits lie."""
+    first = find_layout(kind, Path(root), split).images.split("/")[0]
+    return Path(root) if "*" in first else Path(root, first)
 
-    def unreadable(error):
-        raise UserError(f"cannot read folder {error.filename}: change its permissions")
+
+def files_below(folder) -> list:
+    """The paths of all files in a folder and its folders, sorted. Links are followed. Hidden files
+    and folders, and @eaDir, a file server's thumbnails, are left out."""
+
+    def stop(error):  # os.walk would leave out a folder that may not be read
+        raise error
 
     found = []
-    if not os.path.isdir(folder):
-        return found
-    for parent, inner, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        above = [os.path.realpath(outer) for outer in Path(parent).absolute().parents]
-        if os.path.islink(parent) and os.path.realpath(parent) in above:  # it leads back
-            inner.clear()
-            continue
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir"))]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return found
+    return sorted(found)
 
 
 def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     """{name: path} of the files below the folders that match the pattern, in order.
 
-    The name is the path below the pattern's part before a *, without the suffix; for GTA5, whose
-    archives unpack to 01_images/, 01_labels/ and so on, the file's own name.
+    The name is the path without the suffix, below the part of the pattern that has no *; for GTA5,
+    whose archives unpack to 01_images/, 01_labels/ and so on, the file's own name.
     """
     folders = sorted(path for path in root.glob(pattern) if path.is_dir())
     if not folders:
-        raise UserError(f"no folder {root / pattern} for {kind}: check the root and the archives")
+        hint = "Check the dataset's root, and that every archive is unpacked."
+        raise UserError(f"no folder {root / pattern} for {kind}. {hint}")
     base = root / pattern.split("/*")[0]
     found = {}
     for path in itertools.chain(*map(files_below, folders)):
         suffix = next((s for s in suffixes if path.name.lower().endswith(s.lower())), None)
-        if suffix is None:
+        converted = path.name.endswith("_labelTrainIds.png")  # other projects put it beside labels
+        if suffix is None or converted:
             continue
         below = path.name if kind == "gta5" else path.relative_to(base).as_posix()
-        key = below[: -len(suffix)]
-        # Names become lines of text files: no line breaks, and nothing but UTF-8.
-        if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff]", key):
-            raise UserError(f"{str(path)!a}: control character or no UTF-8, rename it")
-        if key in found:
-            raise UserError(f"{found[key]} and {path} have one name: remove one")
-        found[key] = path
+        name = below[: -len(suffix)]
+        if name in found:
+            raise UserError(f"{found[name]} and {path} have the same name. Remove one.")
+        found[name] = path
     if not found:
-        raise UserError(f"no *{suffixes[0]} files in {folders[0]}: check the dataset's root")
-    return {key: found[key] for key in sorted(found, key=numeric_order)}
+        raise UserError(f"no file *{', *'.join(suffixes)} in {folders[0]}. Check the root.")
+    return {name: found[name] for name in sorted(found, key=numeric_order)}
 
 
-def numeric_order(key: str) -> tuple:
+def numeric_order(name: str) -> tuple:
     """Synscapes has 1.png, 2.png, ..., 10.png."""
-    folder, _, name = key.rpartition("/")
-    return folder, int(name) if name.isdecimal() else -1, name
+    folder, _, last = name.rpartition("/")
+    return folder, int(last) if last.isdecimal() else -1, last
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
@@ -827,7 +757,7 @@ def list_images(kind: str, root, split: str = "train") -> dict:
 
 
 def list_pairs(kind: str, root, split: str = "train") -> dict:
-    """{name: (image path, label path)}; an image or a label without a partner is refused."""
+    """{name: (image path, label path)}. UserError for an image or a label without a partner."""
     layout = find_layout(kind, Path(root), split)
     images = list_images(kind, root, split)
     pattern = layout.labels.format(split=split)
@@ -835,109 +765,128 @@ def list_pairs(kind: str, root, split: str = "train") -> dict:
     lonely = sorted(images.keys() ^ labels.keys())
     if lonely:
         counts = f"{len(images)} images but {len(labels)} labels"
-        names = f"{len(lonely)} without a partner, first {', '.join(lonely[:3])}"
-        raise UserError(f"{root}: {counts}, {names}; complete the download or remove them")
+        names = f"{len(lonely)} have no partner (first: {', '.join(lonely[:3])})"
+        raise UserError(f"{root}: {counts}; {names}. Complete the download, or remove them.")
     return {name: (images[name], labels[name]) for name in images}
+
+
+def keep_listed(files: dict, list_file) -> dict:
+    """Those of {name: path, or (image path, label path)} that a text file lists, in the order of
+    `files`; all of them without a list file.
+
+    A line is a name with or without folders in front and with or without the file's ending, as in
+    AdaptSegNet's and DACS's lists. UserError if a line fits no image, or several.
+    """
+    if not list_file:
+        return files
+    names = {}  # every way to write an image: its names
+    for name, value in files.items():
+        path = value[0] if isinstance(value, tuple) else value
+        for text in (name, path.as_posix(), path.with_suffix("").as_posix()):
+            parts = text.split("/")
+            for i in range(len(parts)):
+                names.setdefault("/".join(parts[i:]), set()).add(name)
+    try:
+        lines = Path(list_file).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{list_file} is not UTF-8 text. Save it as UTF-8.") from None
+    wanted = {line.strip().lstrip("/") for line in lines} - {""}
+    unknown = sorted(wanted - names.keys())
+    several = sorted(line for line in wanted - set(unknown) if len(names[line]) > 1)
+    example = f"Write lines like {next(iter(files))}."
+    if not wanted:
+        raise UserError(f"{list_file} names no image. {example}")
+    if unknown:
+        counts = f"{len(wanted) - len(unknown)} of {len(wanted)} names found"
+        raise UserError(f"{list_file}: {counts}, not found: {', '.join(unknown[:3])}. {example}")
+    if several:
+        raise UserError(f"{list_file}: {several[0]} fits several images. Write its folder, too.")
+    kept = set().union(*(names[line] for line in wanted))
+    return {name: value for name, value in files.items() if name in kept}
 
 
 def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     """The class names in a plain folder's classes.txt, one a line; else those of `class_names`."""
-    path = Path(root) / "classes.txt"
+    path = Path(root, "classes.txt")
     if kind != "folder" or not path.is_file():
         return class_names(num_classes)
-    names = [line.strip() for line in read_lines(path) if line.strip()]
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    names = [line.strip() for line in lines if line.strip()]
     if not len(names) == len(set(names)) == num_classes:
-        counts = f"{len(names)} names, {len(set(names))} different ones"
-        raise UserError(f"{path} has {counts}: give one for each of --num-classes {num_classes}")
+        counts = f"{len(set(names))} different names in {len(names)} lines"
+        raise UserError(f"{path} has {counts}. It needs {num_classes}, one a line.")
     return tuple(names)
 
 
-def check_classes(source: str, source_root, target: str, target_root, num_classes: int):
-    """Refuse domains of other classes; source and target are their kinds."""
-    of_source = dataset_classes(source, source_root, num_classes)
-    if of_source != dataset_classes(target, target_root, num_classes):
-        raise UserError(f"{source_root} and {target_root} have other classes: align classes.txt")
+def check_classes(kind: str, root, classes: tuple):
+    """Refuse a source whose classes are not those of the target."""
+    if dataset_classes(kind, root, len(classes)) != classes:
+        hint = "Make both classes.txt equal, or remove them."
+        raise UserError(f"{root} and the target have different classes. {hint}")
 
 
-def open_image(path, formats=("PNG", "JPEG"), low_bytes: bool = False) -> Image.Image:
-    """A decoded Pillow image; a UserError names a file that is missing, broken, huge or no image.
+def open_image(path, formats=None, low_bytes: bool = False) -> Image.Image:
+    """A decoded Pillow image, upright by its EXIF orientation. UserError for a file that is
+    missing, damaged or not an image. formats: Pillow's names; None takes all that Pillow reads.
 
-    low_bytes: the low byte of each channel of a 16-bit RGB file. Pillow by itself keeps the high,
-    and torchvision's reader, deprecated by now, refuses such files before version 0.20.
+    low_bytes: the low byte of each channel of a 16-bit RGB file. Pillow by itself keeps the high
+    one, and torchvision's reader, deprecated by now, refuses such files before version 0.20.
     """
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise UserError(f"no image at {path}: check the path; a folder or broken link may be there")
     try:
         image = Image.open(path, formats=formats)
         if low_bytes:
-            if str(image.tile[0][3]) != "RGB;16B":
-                raise UserError(f"{path} is no 16-bit RGB file: bring GT/LABELS as downloaded")
+            if image.tile[0][3] != "RGB;16B":
+                raise ValueError("it does not have 16 bits a channel")
             # big-endian pairs, read as little-endian ones
             image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]
-        image.load()
-    except (UserError, MemoryError):
-        raise
+        return ImageOps.exif_transpose(image)
     except Exception as error:  # a broken file can make Pillow stumble anywhere
-        raise UserError(f"cannot read {path} ({error}): bring it again as {' or '.join(formats)}")
-    return image
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # not its content
+            raise
+        raise UserError(f"cannot read {path} ({error}). Copy or download it again.") from None
 
 
-def upright_rgb(image: Image.Image, name="the image") -> Image.Image:
-    """8-bit RGB, turned upright by the EXIF orientation; UserError for 16 or more bits of grey."""
-    if image.mode.startswith(("I", "F")):  # conversion would clip all of it to white
-        raise UserError(f"{name} has 16 or more bits of grey: bring 8-bit images")
-    return upright(image).convert("RGB")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned by the EXIF orientation; without a legible one the image stays as it is.
-
-    ImageOps.exif_transpose also rewrites other tags, and gives up where one of them is odd.
-    """
-    orientation = None
-    with contextlib.suppress(Exception):  # odd EXIF makes Pillow stumble anywhere
-        orientation = image.getexif().get(0x0112)
-    if orientation not in range(2, 9):
-        return image
-    T = Image.Transpose
-    mirrored = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM)  # orientations 2, 3, 4
-    turned = (T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)  # 5, 6, 7, 8
-    return image.transpose((mirrored + turned)[orientation - 2])
+def open_rgb(path) -> Image.Image:
+    """An image file as 8-bit RGB. UserError for 16 or more bits of grey."""
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")):  # `convert` would clip it to white
+        raise UserError(f"{path} has {image.mode} pixels of 16 bits or more. Convert to 8 bits.")
+    return image.convert("RGB")
 
 
 def read_ids(path) -> np.ndarray:
-    """(H,W) uint8 label ids of a PNG: palette index (never converted), or grey of 1 to 8 bits."""
+    """(H,W) uint8 label ids of a PNG: the palette's index (never converted), or 8-bit grey."""
     image = open_image(path, ("PNG",))  # JPEG would blur ids
-    if image.mode not in ("P", "L", "1"):
-        raise UserError(f"{path} has mode {image.mode}: bring ids of 8 bits a pixel, not colours")
-    ids = np.asarray(image).astype(np.uint8)
-    if image.mode == "L":  # Pillow stretches grey of 2 and 4 bits to 0..255
-        with open(path, "rb") as file:
-            bits = file.read(25)[24]  # in every PNG's first chunk
-        ids = ids // (255 // (2**bits - 1))
-    return ids
+    with open(path, "rb") as file:
+        bits = file.read(25)[24]  # in every PNG's header
+    # Pillow stretches grey of fewer bits to 0..255: an id would become another one.
+    if image.mode != "P" and (image.mode != "L" or bits != 8):
+        found = f"{image.mode} pixels of {bits} bits"
+        hint = "Convert to 8 bits: one channel of class ids, not colours."
+        raise UserError(f"{path} has {found}. {hint}")
+    return np.asarray(image)
 
 
 def read_label(path, kind: str, num_classes: int) -> Image.Image:
     """A label file as an 8-bit Pillow image of trainIds 0..num_classes-1 and 255.
 
-    A file with many pixels that are no id of this kind of dataset is refused: more than half, and
-    in a plain folder, whose ids are the trainIds themselves, more than one in a thousand.
+    UserError if too many pixels have no id of this dataset: more than half; in a plain folder,
+    whose ids are the trainIds themselves, more than one in a thousand.
     """
     class_ids = list(LAYOUTS[kind][0].ids[:num_classes])
     last_id = max(class_ids)
     share = 0.001 if kind == "folder" else 0.5
     if kind == "synthia":  # 16 bits a channel, class id in R; ids are below 256
-        ids = np.asarray(open_image(path, low_bytes=True))[:, :, 0]
+        ids = np.asarray(open_image(path, ("PNG",), low_bytes=True))[:, :, 0]
     else:
         ids = read_ids(path)
     foreign = np.bincount(ids.ravel(), minlength=256)[last_id + 1 : IGNORE]
     if foreign.sum() > share * ids.size:
-        percent = f"{100 * foreign.sum() / ids.size:.1f} % of its pixels"
+        percent = f"{100 * foreign.sum() / ids.size:.1f} % of the pixels are outside 0..{last_id}"
         value = last_id + 1 + int(np.argmax(foreign))
-        hint = "colours, ids of another dataset, or too low a --num-classes?"
-        raise UserError(f"{path}: {percent} are no ids 0 to {last_id} (but {value}); {hint}")
-    trainids = np.full(256, IGNORE, dtype=np.uint8)  # an id that is no class's becomes 255
+        hint = "Are these colours, ids of another dataset, or is --num-classes too low?"
+        raise UserError(f"{path}: {percent} (mostly {value}). {hint}")
+    trainids = np.full(256, IGNORE, dtype=np.uint8)  # an id without a class becomes 255
     trainids[class_ids] = np.arange(len(class_ids))
     return Image.fromarray(trainids[ids])
 
@@ -948,15 +897,15 @@ def resize(image: Image.Image, size: tuple, kind: str) -> Image.Image:
     return image.resize(size, {"image": Image.BICUBIC, "label": Image.NEAREST}[kind])
 
 
-def spread(length: int, count: int) -> list:
-    """At most `count` indices, spread evenly over range(length)."""
+def evenly_spaced(length: int, count: int) -> list:
+    """At most `count` indices, evenly spaced over range(length)."""
     return sorted({round(i * (length - 1) / max(count - 1, 1)) for i in range(count)})
 
 
 class Images(Dataset):
     """Images without labels. It is given image paths alone: training cannot open a target label.
 
-    An item is {"name", "image": (3,H,W) uint8 RGB}, resized to `size` if given, or made by
+    An item is {"name", "image": (H,W,3) uint8 RGB array}, resized to `size` if given, or made by
     transform(image, None, random generator of (seed, sample position)).
     """
 
@@ -965,7 +914,6 @@ class Images(Dataset):
     def __init__(self, images: dict, size=None, transform=None, seed: int = 0):
         self.names = list(images)
         self.paths = list(images.values())
-        self.files = self.paths
         self.size = size
         self.transform = transform
         self.seed = seed
@@ -983,19 +931,18 @@ class Images(Dataset):
             image = resize(image, self.size, "image")
             if label is not None and not self.native_labels:
                 label = resize(label, self.size, "label")
-        item = {"name": self.names[index], "image": pil_to_tensor(image)}
+        item = {"name": self.names[index], "image": np.array(image)}
         if label is not None:
-            item["label"] = pil_to_tensor(label)[0]
+            item["label"] = np.array(label)
         return item
 
     def open(self, index: int) -> tuple:
         """(image, label or None) as stored, in Pillow's form."""
-        path = self.paths[index]
-        return upright_rgb(open_image(path), path), None
+        return open_rgb(self.paths[index]), None
 
-    def look(self):
-        """Open a few files spread over the set: what is wrong with it shows before training."""
-        for index in spread(len(self), 8):
+    def check_samples(self):
+        """Open a few files, so that what is wrong with the set shows before training."""
+        for index in evenly_spaced(len(self), 8):
             self.open(index)
 
 
@@ -1003,46 +950,57 @@ class Labelled(Images):
     """Images with labels of one dataset kind; an item also has "label": (H,W) uint8 trainIds.
 
     native_labels=True keeps labels at their own size (evaluation), otherwise they are resized like
-    the image. pseudo=True: labels that a network made, in a size of their own, perhaps empty.
-    `classes` are the names in tables.
+    the image. pseudo=True: labels that a network made; they may have another size, and no labelled
+    pixel.
     """
 
-    def __init__(self, pairs: dict, kind: str, num_classes: int, size=None, *, native_labels=False,
-                 pseudo=False, transform=None, seed: int = 0, classes=None):  # fmt: skip
+    def __init__(self, pairs: dict, kind: str, classes: tuple, size=None, *, native_labels=False,
+                 pseudo=False, transform=None, seed: int = 0):  # fmt: skip
         images = {name: image for name, (image, _) in pairs.items()}
         super().__init__(images, size, transform, seed)
         self.label_paths = [label for _, label in pairs.values()]
-        self.files = self.paths + self.label_paths
         self.kind = kind
-        self.num_classes = num_classes
+        self.classes = classes
         self.native_labels = native_labels
         self.pseudo = pseudo
-        self.classes = classes or class_names(num_classes)
 
     def open(self, index: int) -> tuple:
         image, _ = super().open(index)
         path = self.label_paths[index]
-        label = read_label(path, self.kind, self.num_classes)
+        label = read_label(path, self.kind, len(self.classes))
         ratio = image.width / image.height * label.height / label.width
-        if not self.pseudo and not 0.9 < ratio < 1.1:  # GTA5 has 1914x1052 with 1914x1046; not more
+        if not self.pseudo and not 0.9 < ratio < 1.1:  # some GTA5 labels have 6 rows fewer
             sizes = f"{label.width}x{label.height}, its image {image.width}x{image.height}"
-            raise UserError(f"{path} is {sizes}: this is not its label, repair the pair")
+            raise UserError(f"{path} is {sizes}. They do not belong together; check their names.")
         return image, label
 
-    def look(self):
-        """Also refuses labels of which almost no pixel has a class, and trainIds instead of ids."""
-        labels = [np.asarray(self.open(index)[1]) for index in spread(len(self), 8)]
+    def check_samples(self):
+        """Also print the classes that a few labels do not have, and refuse labels in which almost
+        no pixel has a class, trainIds where ids are expected, and labels of a single class."""
+        labels = [np.asarray(self.open(index)[1]) for index in evenly_spaced(len(self), 8)]
         known = [np.mean(label != IGNORE) for label in labels]
+        occurring = set(np.concatenate([np.unique(label) for label in labels]).tolist())
+        found = sorted(occurring - {IGNORE})
         # Read as ids, trainIds 0 to 18 give no class above pole (id 17), and most pixels none.
-        highest = max(label[label != IGNORE].max(initial=0) for label in labels)
         expects_ids = LAYOUTS[self.kind][0].ids is CITYSCAPES_IDS
-        trainids = expects_ids and np.mean(known) < 0.7 and highest < CLASSES.index("traffic light")
+        above_pole = max(found, default=0) > CLASSES.index("pole")
+        trainids = expects_ids and np.mean(known) < 0.7 and not above_pole
+        where = f"{self.label_paths[0]} and {len(labels) - 1} more"
         if trainids or max(known) < 0.02:
-            hint = f"are they colours, trainIds instead of ids, or no {self.kind} labels?"
-            raise UserError(f"{self.label_paths[0]} and others: few pixels have a class; {hint}")
+            hint = f"Are they colours, trainIds instead of ids, or not labels of {self.kind}?"
+            raise UserError(f"{where}: few pixels have a class. {hint}")
+        if len(found) == 1:
+            what = f"only class {found[0]} occurs"
+            if IGNORE in occurring:
+                what = f"only class {found[0]} and 255 (ignored) occur"
+            raise UserError(f"{where}: {what}. Number the classes 0, 1, 2, ...")
+        missing = [name for c, name in enumerate(self.classes) if c not in occurring]
+        if missing:
+            root = os.path.commonpath(self.label_paths)
+            print(f"{root}: in {len(labels)} labels no pixel has class {', '.join(missing)}")
 
 
-def validation_set(kind: str, root, num_classes: int, size):
+def validation_set(kind: str, root, classes: tuple, size):
     """The labelled val images for `evaluate`, after a look at a few; None where there are none."""
     layout = find_layout(kind, Path(root), "val")
     patterns = (layout.images.format(split="val"), layout.labels.format(split="val"))
@@ -1050,14 +1008,9 @@ def validation_set(kind: str, root, num_classes: int, size):
     if "{split}" not in layout.images or not has_both:
         print(f"no labelled val images in {root}: training is not evaluated")
         return None
-    return to_evaluate(list_pairs(kind, root, "val"), kind, root, num_classes, size)
-
-
-def to_evaluate(pairs: dict, kind: str, root, num_classes: int, size: tuple) -> Labelled:
-    """The dataset of these pairs, labels at native size, after a look at a few."""
-    classes = dataset_classes(kind, root, num_classes)
-    dataset = Labelled(pairs, kind, num_classes, size, native_labels=True, classes=classes)
-    dataset.look()
+    pairs = list_pairs(kind, root, "val")
+    dataset = Labelled(pairs, kind, classes, size, native_labels=True)
+    dataset.check_samples()
     return dataset
 
 
@@ -1068,8 +1021,8 @@ def endless_order(length: int, seed: int, start: int, stop: int, batch: int):
     """(position, index) pairs of the iterations start..stop-1: epoch after epoch of seeded
     permutations of range(length).
 
-    The order depends on (length, seed) alone and can start at any iteration, so going on after a
-    stop is exact. Of the world * batch positions of an iteration, every rank takes its own `batch`.
+    The order depends on (length, seed) alone and can start at any iteration, so that a run resumes
+    exactly. Of the world * batch positions of an iteration, every rank takes its own `batch`.
     """
     epoch = -1
     for iteration in range(start, stop):
@@ -1084,52 +1037,68 @@ def endless_order(length: int, seed: int, start: int, stop: int, batch: int):
 class Batches:
     """This rank's batches of a dataset, of the iterations start..stop-1, on the device.
 
-    next() gives images (B,3,H,W) uint8 and labels (B,H,W) int64, or None for an unlabelled set.
-    `names` are the images of the last batch, `waited` the seconds that it took to come.
+    next() gives images (B,3,H,W) uint8, channels last, and labels (B,H,W) int64, or None for an
+    unlabelled set. `waited` is the seconds spent in waiting for them; the log sets it back to 0.
     """
 
     def __init__(self, dataset: Images, batch: int, start: int, stop: int, workers: int, device):
         order = endless_order(len(dataset), dataset.seed, start, stop, batch)
-        self.batches = read_items(dataset, workers, device, batch_size=batch, sampler=order)
+        self.batches = read_items(dataset, workers, batch_size=batch, sampler=order)
         self.device = device
+        self.waited = 0.0
 
     def __next__(self):
         begin = time.perf_counter()
-        batch = next(self.batches)
-        self.waited = time.perf_counter() - begin
-        self.names = batch["name"]
-        images = batch["image"].to(self.device, non_blocking=True)
-        if "label" not in batch:
+        items = next(self.batches)
+        self.waited += time.perf_counter() - begin
+        images = np.stack([item["image"] for item in items])  # (B, H, W, 3)
+        images = to_device(images, self.device).permute(0, 3, 1, 2)
+        if "label" not in items[0]:
             return images, None
-        return images, batch["label"].to(self.device, non_blocking=True).long()
+        labels = np.stack([item["label"] for item in items])
+        return images, to_device(labels, self.device).long()
 
 
-def one_by_one(dataset: Dataset, workers: int, device):
+def one_by_one(dataset: Dataset, workers: int):
     """This rank's share of a dataset's items (every world-th), in order, not batched."""
     share = range(rank(), len(dataset), world_size())
-    return read_items(dataset, workers, device, batch_size=None, sampler=share)
+    return read_items(dataset, workers, batch_size=None, sampler=share)
 
 
-def read_items(dataset: Dataset, workers: int, device, **options):
-    """An iterator of what `workers` processes read, which start with the first item.
+def read_items(dataset: Dataset, workers: int, **options):
+    """An iterator of the items, or lists of items, that `workers` processes read.
 
-    Forked after CUDA has started, they never touch it: they decode and resize on the CPU.
-    They start with SIGINT and SIGTERM blocked: a signal to the whole group reaches this process
-    alone, which saves and then ends them.
+    The processes start with the first item. They hand over numpy arrays, which travel by pipe:
+    tensors would need shared memory, of which containers have little.
     """
     if workers:
-        options.update(num_workers=workers, prefetch_factor=4)
-    loader = DataLoader(dataset, pin_memory=device.type == "cuda", **options)
-    if sys.platform == "win32":  # where signals cannot be blocked
-        yield from loader
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        items = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    yield from items
+        options.update(num_workers=workers, prefetch_factor=4, worker_init_fn=set_up_reader)
+    yield from DataLoader(dataset, collate_fn=as_read, **options)
+
+
+def as_read(items):
+    return items
+
+
+def set_up_reader(worker: int):
+    """A reading process ends with the main one, and does not see Ctrl-C, which reaches all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def end_with_parent():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # without waiting for someone to empty its pipe
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def to_device(array: np.ndarray, device) -> Tensor:
+    """A tensor on the device. From pinned memory CUDA copies while the host goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # ====================================================================== evaluation
@@ -1156,16 +1125,14 @@ def iou(confusion: Tensor) -> Tensor:
     return hit / (confusion.sum(0) + confusion.sum(1) - hit)
 
 
-def scores(confusion: Tensor, classes=None) -> dict:
+def scores(confusion: Tensor, classes: tuple) -> dict:
     """{"miou19", "miou16", "miou13", "iou": {class: value}} in percent, means without NaN.
 
-    With other classes than Cityscapes' "miou<C>" alone. None stands for undefined.
+    For classes other than Cityscapes' "miou<C>" alone. None stands for undefined.
     """
-    num_classes = len(confusion)
     per_class = 100 * iou(confusion)
-    names = classes or class_names(num_classes)
-    subsets = {num_classes: range(num_classes)}
-    if tuple(names) == CLASSES:
+    subsets = {len(classes): range(len(classes))}
+    if tuple(classes) == CLASSES:
         subsets.update({16: SUBSET_16, 13: SUBSET_13})
 
     def value(x):
@@ -1174,7 +1141,7 @@ def scores(confusion: Tensor, classes=None) -> dict:
     result = {}
     for count, members in subsets.items():
         result[f"miou{count}"] = value(per_class[list(members)].nanmean())
-    result["iou"] = {name: value(x) for name, x in zip(names, per_class)}
+    result["iou"] = {name: value(x) for name, x in zip(classes, per_class)}
     return result
 
 
@@ -1183,7 +1150,7 @@ def upsample(logits: Tensor, size: tuple) -> Tensor:
     return F.interpolate(logits, size[::-1], mode="bilinear", align_corners=True)
 
 
-def map_centres(h: int, side: int, device=None) -> Tensor:
+def map_centres(h: int, side: int, device) -> Tensor:
     """(h,) int64: the pixel of `side` that each position of a map of h stands for.
 
     round(i (side-1)/(h-1)): where align_corners=True puts the logits, and within a pixel of the
@@ -1214,16 +1181,22 @@ def upsampled_argmax(logits: Tensor, size: tuple) -> Tensor:
     return label
 
 
-@contextlib.contextmanager
-def predicting():
-    """Inside, no gradients, and CUDA's convolutions do without TF32: predictions are float32's."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+def entropy_map(logits: Tensor, size: tuple) -> Tensor:
+    """Normalised entropy -Σ P log P / log C, (B,H,W) in [0, 1], of logits (B,C,h,w) upsampled to
+    size (W,H). For pictures; class by class, as the (C,H,W) map of a large photo fills memory."""
+    C = logits.shape[1]
+    logits = logits - logits.amax(1, keepdim=True)  # exp can't overflow; P stays what it is
+    total = 0
+    weighted = 0
+    for c in range(C):
+        z = upsample(logits[:, c : c + 1], size)[:, 0]  # (B, H, W)
+        exp = z.exp()
+        total = total + exp
+        weighted = weighted + exp * z
+    # -Σ P log P with P = exp(z) / total. Midway between positions whose logits differ by over
+    # 140, exp is 0 for every class, and the entropy reads 0.
+    total = total.clamp(min=1e-30)
+    return (total.log() - weighted / total).clamp(0, np.log(C)) / np.log(C)
 
 
 def main_logits(networks: list, images: Tensor) -> Tensor:
@@ -1232,27 +1205,22 @@ def main_logits(networks: list, images: Tensor) -> Tensor:
     return sum(network(x).main for network in networks) / len(networks)
 
 
-@predicting()
-def predict(network: DeepLabV2, image, size=None) -> Tensor:
-    """(H,W) uint8 trainIds of one image at its own size; (B,H,W) of a batch.
+def as_input(image: Image.Image, size: tuple, device) -> Tensor:
+    """An RGB Pillow image at size (W,H) as a tensor (1,3,H,W) uint8 on the device."""
+    return to_device(np.array(resize(image, size, "image")), device).permute(2, 0, 1)[None]
 
-    image: a Pillow image, or a uint8 RGB tensor (3,H,W) or (B,3,H,W). The network, in eval mode,
-    sees it at `size` (W,H): by default its own aspect with the area of network.input_size.
+
+@torch.no_grad()
+def predict(network: DeepLabV2, image: Image.Image, size=None) -> Tensor:
+    """(H,W) uint8 trainIds of a Pillow image at its own size.
+
+    The network, in eval mode, sees the image at `size` (W,H): by default with the image's own
+    aspect and the area of network.input_size. ValueError for a network in training mode.
     """
     if network.training:
         raise ValueError("predict takes a network in eval mode: call network.eval() first")
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3:
-            shape = f"{image.dtype} {tuple(image.shape)}"
-            raise ValueError(f"predict takes uint8 RGB (3, H, W) or (B, 3, H, W), not {shape}")
-        if image.dim() == 4:
-            return torch.stack([predict(network, one, size) for one in image])
-        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"predict takes a Pillow image or a uint8 tensor, not {type(image)}")
-    image = upright_rgb(image)
-    small = resize(image, size or same_area(image.size, network.input_size), "image")
-    x = pil_to_tensor(small)[None].to(next(network.parameters()).device)
+    size = size or same_area(image.size, network.input_size)
+    x = as_input(image.convert("RGB"), size, network.conv1.weight.device)
     return upsampled_argmax(main_logits([network], x), image.size)[0]
 
 
@@ -1262,7 +1230,7 @@ def same_area(size: tuple, like: tuple) -> tuple:
     return tuple(max(32, round(side * factor)) for side in size)
 
 
-@predicting()
+@torch.no_grad()
 def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_image=None) -> dict:
     """`scores` of the networks' mean logits over a dataset with native-size labels, with
     "confusion" (C,C) int64, "images" and "seconds".
@@ -1273,11 +1241,11 @@ def evaluate(networks: list, dataset: Labelled, device, workers: int = 0, on_ima
     """
     begin = time.perf_counter()
     networks = [inference_copy(network) for network in networks]
-    C = dataset.num_classes
+    C = len(dataset.classes)
     confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
-    for item in one_by_one(dataset, workers, device):
-        image = item["image"][None].to(device, non_blocking=True)
-        label = item["label"].to(device, non_blocking=True)
+    for item in one_by_one(dataset, workers):
+        image = to_device(item["image"], device).permute(2, 0, 1)[None]
+        label = to_device(item["label"], device)
         logits = main_logits(networks, image)  # (1, C, h, w)
         prediction = upsampled_argmax(logits, label.shape[::-1])[0]
         confusion += confusion_matrix(label, prediction, C)
@@ -1315,10 +1283,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def all_reduce(tensor: Tensor, operation: str = "SUM") -> Tensor:
-    """The tensor, replaced in place by its SUM or MAX over the ranks."""
+def barrier():
     if world_size() > 1:
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+        dist.barrier()
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The tensor, replaced in place by its sum over the ranks."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -1330,19 +1303,18 @@ def merge_ranks(own: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 def average_over_ranks(*modules: nn.Module):
-    """Average gradients and BatchNorm's running statistics over the ranks, in one message."""
+    """Average gradients and BatchNorm's running statistics over the ranks, in one message.
+
+    By hand and not by DistributedDataParallel, which expects one backward pass through a network
+    per step: IntraDA's G has two, and the second also runs through D, which it must not change.
+    """
     if world_size() == 1:
         return
     tensors = []
     for module in modules:
         tensors += [p.grad for p in module.parameters() if p.grad is not None]
-        tensors += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        tensors += list(module.buffers())
     flat = all_reduce(torch.cat([t.reshape(-1) for t in tensors])) / world_size()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
@@ -1352,22 +1324,24 @@ def set_up(name) -> torch.device:
     """The device of this process: cpu or cuda as named, or CUDA where there is one. Joins the other
     processes if torchrun started this one; of these, only rank 0 prints."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use cpu or repair the driver")
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = True  # in training; see predicting
-    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        hint = "Use --device cpu, or install a driver and a CUDA build of torch."
+        raise UserError(f"--device cuda: torch sees no CUDA device. {hint}")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    torch.backends.cudnn.benchmark = True  # image sizes are fixed
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return device
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         visible = torch.cuda.device_count()
         if local >= visible:
-            raise UserError(f"torchrun's process {local + 1} has no GPU of {visible}: start fewer")
+            raise UserError(f"torchrun started more processes than {visible} GPUs. Start fewer.")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # One group: gloo takes CPU tensors (signals, log, names, barriers), NCCL those of the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # One group: gloo takes CPU tensors (names, barriers, log), NCCL those of the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend)
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -1387,118 +1361,89 @@ def compiled(function, wanted: bool):
     return torch.compile(function, dynamic=False) if wanted else function
 
 
-class StopSignal:
-    """SIGTERM and SIGINT set a flag, so that the training loop can save before it leaves. A second
-    one, more than 3 seconds later, ends the process at once. `close` puts the old handlers back and
-    raises again a signal that came after the loop's last look."""
-
-    def __init__(self):
-        self.number = 0
-        self.since = 0.0
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(self, number, frame):
-        if not self.number:
-            self.number = number
-            self.since = time.monotonic()
-            with contextlib.suppress(OSError):  # the terminal, or tee, may be gone
-                # not print, which may be at work
-                os.write(2, b"\nstopping after a save; run the same command again to go on\n")
-        elif time.monotonic() - self.since > 3:  # torchrun repeats a Ctrl-C to its processes
-            os._exit(128 + number)
-
-    def agreed(self) -> int:
-        """The signal that came, to this or to another rank; 0 for none. Of a tensor on the CPU, so
-        that it waits for the other ranks and not for the GPU."""
-        return int(all_reduce(torch.tensor(self.number), "MAX"))
-
-    def close(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.number:
-            signal.raise_signal(self.number)
-
-
 # ====================================================================== resume, save, log
 
 
 def due(it: int, every: int, iters: int) -> bool:
-    """Whether what happens every so many iterations and at the end is due when `it` are done;
+    """True if work done every `every` iterations, and at the end, is due after `it` iterations.
     every = 0: at the end alone."""
     return it == iters or (it > 0 and every > 0 and it % every == 0)
 
 
+def identity(arguments: dict, free: tuple) -> dict:
+    """The settings of a run, {flag: text}: those that must stay the same when it resumes. `free`
+    are the flags that may change."""
+    settings = {name: str(value) for name, value in arguments.items() if name not in free}
+    return {**settings, "processes": str(world_size())}
+
+
 def earlier_run(folder, settings: dict):
-    """The content of last.pth in `folder`, None without one; refuses a run of other settings."""
-    path = Path(folder) / "last.pth"
+    """The content of last.pth in `folder`, or None for a fresh start. UserError for a run of other
+    settings, and for a folder with files that look like a run's, but without a last.pth."""
+    folder = Path(folder)
+    path = folder / "last.pth"
     if not path.exists():
-        log = Path(folder) / "log.jsonl"
-        opening = log.read_text(errors="replace")[:8] if log.exists() else ""
-        # a run writes neither of the two like this, and would overwrite them
-        if (Path(folder) / "best.pth").exists() or not '{"iter":'.startswith(opening):
-            raise UserError(f"{folder} holds best.pth or log.jsonl of no run: choose another --out")
+        for pattern in ("best.pth", "log.jsonl", "round*"):
+            for stray in folder.glob(pattern):
+                what = f"{folder} has {stray.name} but no last.pth: it cannot resume"
+                raise UserError(f"{what}. Choose another --out.")
         return None
-    other = "choose another --out or remove the folder"
     content = read_checkpoint(path)
-    found = content.get("settings")
-    ours = content.get("format") == FORMAT and isinstance(content.get("iter"), int)
-    if not ours or not isinstance(found, dict):
-        raise UserError(f"{path} is no training checkpoint of this version: {other}")
-    for name, value in settings.items():
-        if found.get(name) != value:
-            difference = f"{name} is {found.get(name)} there and {value} here"
-            raise UserError(f"{path} is of a run of other settings ({difference}): {other}")
+    if content.get("format") != FORMAT or "settings" not in content:
+        raise UserError(f"{path} was not written by this version's training. Choose another --out.")
+    found = content["settings"]
+    names = sorted(found.keys() | settings.keys())
+    different = []
+    for name in names:
+        if found.get(name) != settings.get(name):
+            different.append(f"{name} is {found.get(name)} there and {settings.get(name)} here")
+    if different:
+        hint = "A run of these settings needs an --out of its own."
+        raise UserError(f"{path} is of a run of other settings: {'; '.join(different)}. {hint}")
     return content
 
 
-def resume(folder, settings: dict, state: dict) -> tuple:
-    """Load last.pth of `folder` into the networks and optimizers of `state`: (its iteration, its
-    other entries), or (0, {}) for a fresh start."""
+def resume(folder, settings: dict, state: dict) -> int:
+    """Load last.pth of `folder` into the networks and optimizers of `state`, and return its
+    iteration; 0 for a fresh start."""
+    global resume_hint
     content = earlier_run(folder, settings)
     if content is None:
-        return 0, {}
-    try:
-        for name, part in state.items():
-            part.load_state_dict(content[name])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"last.pth in {folder} does not fit this run ({reason}): remove the folder")
-    return content["iter"], {name: value for name, value in content.items() if name not in state}
+        return 0
+    for name, part in state.items():
+        part.load_state_dict(content[name])
+    resume_hint = f"; run the same command to resume from iteration {content['iter']}"
+    return content["iter"]
 
 
-def save(path, it: int, settings: dict, state: dict, **more):
+def save(path, it: int, settings: dict, state: dict):
     """The one place where a checkpoint is written: state_dicts of `state` {"model": network, ...},
-    iteration, settings, the network's input size, and plain values. Refuses weights that are not
-    finite.
+    iteration, settings and the network's input size. UserError for weights that are not finite.
 
     No random state is needed: order and augmentation follow from seed and iteration.
     """
+    global resume_hint
     networks = nn.ModuleList(part for part in state.values() if isinstance(part, nn.Module))
     finite = [tensor.isfinite().all() for tensor in networks.state_dict().values()]
     if not torch.stack(finite).all():
-        raise UserError(f"a weight is not finite at iteration {it}: lower --lr; not saved")
+        hint = "Start with a lower learning rate and another --out. The earlier last.pth stays."
+        raise UserError(f"a weight is not finite at iteration {it}. {hint}")
     if rank() == 0:
         content = {name: part.state_dict() for name, part in state.items()}
-        input_size = state["model"].input_size
-        content.update(format=FORMAT, iter=it, settings=settings, input_size=input_size, **more)
+        content.update(format=FORMAT, iter=it, settings=settings)
+        content.update(input_size=state["model"].input_size)
         with atomic_write(path) as file:
             torch.save(content, file)
+    resume_hint = f"; run the same command to resume from iteration {it}"
     barrier()
 
 
 def read_log(path) -> list:
-    """The records of a log.jsonl, each a dict with "iter", scores in percent or None; other lines,
-    say one that a kill cut or a hand edited, are left out."""
+    """The records of a log.jsonl, each a dict with "iter". A line that a kill cut is left out."""
     records = []
-    for line in Path(path).read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            record = json.loads(line)
-            percents = [value for name, value in record.items() if name.startswith("miou")]
-            if record.get("event") == "evaluation":
-                percents += record["iou"].values()
-            fine = all(value is None or 0 <= value <= 100 for value in percents)
-            if fine and 0 <= record["iter"] < 10**12:
-                records.append(record)
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
     return records
 
 
@@ -1506,74 +1451,65 @@ def evaluations(records: list) -> list:
     return [record for record in records if record.get("event") == "evaluation"]
 
 
-class Log:
-    """log.jsonl of a stage: a JSON line for every start, record of losses, evaluation and, in BCL,
-    round of labels, with a line each on the terminal. Scores live here and nowhere else."""
+def mean_iou(result: dict) -> float:
+    """The mean over all classes of a result or record; 0, the lowest, where none has a pixel."""
+    return result[f"miou{len(result['iou'])}"] or 0.0
 
-    def __init__(self, folder, stage: str, about: str, start: int, iters: int, settings: dict):
-        """Keeps an earlier log's records up to iteration `start`."""
-        self.path = Path(folder) / "log.jsonl"
+
+class Log:
+    """log.jsonl of a stage: a JSON line for every start, record of losses and evaluation, with a
+    line each on the terminal. Scores live here and nowhere else."""
+
+    def __init__(self, folder, stage: str, data: str, start: int, iters: int, settings: dict):
+        """Keeps an earlier log's records up to iteration `start`. data: what it is trained on."""
+        self.path = Path(folder, "log.jsonl")
         self.stage = stage
         self.iters = iters
-        self.pending = []  # (image names, {term: scalar tensor}) of the iterations since a record
+        earlier = read_log(self.path) if self.path.exists() else []
+        kept = [record for record in earlier if record["iter"] <= start]
+        self.evaluated = {record["iter"]: mean_iou(record) for record in evaluations(kept)}
         self.restart_clock(start)
-        kept = read_log(self.path) if self.path.exists() else []
-        self.records = [record for record in kept if record["iter"] <= start]
-        self.evaluated = {r["iter"]: mean_iou(r) for r in evaluations(self.records)}
         if rank() == 0:
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        if start >= iters and self.records:
-            print(f"{stage}: already trained, {self.path.parent / 'last.pth'}")
-        else:
-            header = {"event": "start", "stage": stage, "iters": iters, "about": about}
-            self.write(iter=start, **header, settings=settings, **versions())
-            goes_on = f"; goes on from iteration {start}" if start else ""
-            print(f"{stage}: {about}{goes_on}", flush=True)
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        if start >= iters:
+            print(f"{stage}: already trained, {self.path.with_name('last.pth')}")
+            return
+        header = {"event": "start", "stage": stage, "iters": iters, "data": data}
+        self.write(iter=start, **header, settings=settings, **versions())
+        resumed = f"; resumed from iteration {start}" if start else ""
+        print(f"{stage}: {data}{resumed}", flush=True)
 
     def restart_clock(self, it: int):
         self.since = it
-        self.waited = 0.0
         self.clock = time.perf_counter()
 
     def write(self, **record):
-        self.records.append(record)
         if rank() == 0:
-            with writing(self.path), open(self.path, "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def add(self, batches: list, **losses):
-        """Note an iteration's `Batches` and loss terms (scalar tensors, or None)."""
-        names = [name for source in batches for name in source.names]
-        terms = {term: x.detach().float() for term, x in losses.items() if x is not None}
-        self.pending.append((names, terms))
-        self.waited += sum(source.waited for source in batches)
-
-    def losses(self, it: int, device, **more):
-        """A record of the last iteration's losses and `more`, with speed since the record before
-        and peak memory. Apart from saves, evaluations and BCL's new rounds, the loop's only wait
-        for the GPU. Refuses losses that are not finite.
+    def losses(self, it: int, batches: list, device, losses: dict, **more):
+        """A record of an iteration's losses {term: scalar tensor} and `more`, with the speed since
+        the record before, the seconds in which `batches` made it wait, and peak memory. The host
+        waits for the GPU only at log steps. UserError if a loss is not finite.
         """
-        terms = list(self.pending[-1][1])
-        values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
-        values = values.cpu()  # (iterations, terms)
-        bad = (~values.isfinite()).nonzero().tolist()
-        if bad:
-            i, t = bad[0]
-            iteration = it - len(values) + 1 + i
-            images = ", ".join(self.pending[i][0])
-            what = f"{terms[t]} is {values[i, t]:g} at iteration {iteration} (images {images})"
-            raise UserError(f"{what}: lower --lr, or look at these images; nothing is saved")
-        last = all_reduce(values[-1].clone()) / world_size()
-        losses = dict(zip(terms, last.tolist()))
-        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        values = torch.stack([x.detach().float() for x in losses.values()]).cpu()
+        losses = dict(zip(losses, (all_reduce(values) / world_size()).tolist()))
+        for term, value in losses.items():
+            if not np.isfinite(value):
+                hint = "Look at the images, or start with a lower learning rate and another --out."
+                raise UserError(f"{term} is {value} at iteration {it}. {hint}")
+        seconds = time.perf_counter() - self.clock
         rate = (it - self.since) / seconds
-        speed = {"it_per_s": rate, "seconds": seconds, "data_seconds": self.waited}
+        speed = {"it_per_s": rate, "seconds": seconds}
+        speed["data_seconds"] = sum(source.waited for source in batches)
         speed["peak_memory_mb"] = peak_memory_mb(device)
         self.write(iter=it, **losses, **more, **speed)
         text = "  ".join(f"{term.removeprefix('loss_')} {x:.3f}" for term, x in losses.items())
-        left = f"{rate:.2f} it/s  {(self.iters - it) / max(rate, 1e-9) / 60:.1f} min left"
+        left = f"{rate:.2f} it/s  {(self.iters - it) / rate / 60:.1f} min left"
         print(f"{self.stage} {it}/{self.iters}  {text}  {left}", flush=True)
-        self.pending = []
+        for source in batches:
+            source.waited = 0.0
         self.restart_clock(it)
 
     def evaluation(self, it: int, result: dict):
@@ -1583,16 +1519,11 @@ class Log:
         self.evaluated[it] = mean_iou(result)
         mean = f"mIoU {mean_iou(result):.1f} on {result['images']} validation images"
         print(f"{self.stage} {it}/{self.iters}  {mean}", flush=True)
-        self.restart_clock(it)  # an evaluation is no training time
+        self.restart_clock(it)  # an evaluation is not training time
 
     def is_best(self, result: dict) -> bool:
-        """Whether a result is above all recorded ones: an oracle, chosen on validation labels."""
+        """True if a result is above all recorded ones: an oracle, chosen on validation labels."""
         return mean_iou(result) > max(self.evaluated.values(), default=-1.0)
-
-
-def mean_iou(result: dict) -> float:
-    """The first mean of a result or record; 0, the lowest, where no class has a pixel."""
-    return next((value or 0.0 for name, value in result.items() if name.startswith("miou")), 0.0)
 
 
 def versions() -> dict:
@@ -1609,8 +1540,6 @@ def peak_memory_mb(device) -> float:
     """Most memory used so far, in MiB: torch's on the GPU, on the CPU all of this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -1619,77 +1548,115 @@ def peak_memory_mb(device) -> float:
 
 
 def grey(values: Tensor) -> np.ndarray:
-    """(H,W) values in 0..1 to an (H,W,3) uint8 picture."""
-    plane = values.clamp(0, 1).mul(255).round().byte().cpu().numpy()
+    """(H,W) values in 0..1 to an (H,W,3) uint8 picture: black 0, white 1."""
+    plane = values.mul(255).round().byte().cpu().numpy()
     return np.repeat(plane[..., None], 3, axis=2)
 
 
-def write_grid(path, titles: list, rows: list, num_classes: int, height: int = 128):
-    """A PNG of rows of pictures, all in one size, with a title over each column. A picture is an
-    image (H,W,3) uint8 or a label (H,W) uint8 of trainIds, which is coloured."""
-    first = rows[0][0]
-    size = (round(height * first.shape[1] / first.shape[0]), height)
-    cells = []
-    for picture in itertools.chain(*rows):
-        if picture.ndim == 3:
-            cell = resize(Image.fromarray(picture), size, "image")
-        else:
-            label = resize(Image.fromarray(picture), size, "label")
-            cell = Image.fromarray(palette(num_classes)[np.asarray(label)])
-        cells.append(pil_to_tensor(cell))
-    grid = torchvision.utils.make_grid(torch.stack(cells), len(titles), pad_value=255)  # (3, H, W)
-    grid = F.pad(grid, (0, 0, 20, 0), value=255)  # room for the titles
-    sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    for column, title in enumerate(titles):
-        corner = (column * (size[0] + 2) + 4, 4)
-        ImageDraw.Draw(sheet).text(corner, title, "black", ImageFont.load_default(13))
+def changes(before: np.ndarray, after: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(H,W,3) picture of two predictions (H,W) of trainIds: green where the second became right,
+    red where it became wrong, yellow where both are wrong in different ways."""
+    picture = np.full((*truth.shape, 3), 40, np.uint8)
+    different = (before != after) & (truth != IGNORE)
+    picture[different] = (220, 200, 60)
+    picture[different & (after == truth)] = (60, 200, 80)
+    picture[different & (before == truth)] = (230, 50, 50)
+    return picture
+
+
+def write_grid(path, titles: list, rows: list, classes: tuple, captions=None, height: int = 160):
+    """A PNG of rows of pictures, all of one height and each with its own aspect, with a title over
+    each column, a caption below each row if given, and a legend of the classes that occur.
+
+    A picture is an image (H,W,3) uint8 or a label (H,W) uint8 of trainIds, which is coloured.
+    """
+    colours = palette(classes)
+    font = ImageFont.load_default(13)
+    line = 20  # pixels of a line of text
+    columns = [[round(height * p.shape[1] / p.shape[0]) for p in column] for column in zip(*rows)]
+    lefts = list(itertools.accumulate((max(widths) + 2 for widths in columns), initial=0))
+    labels = [picture for picture in itertools.chain(*rows) if picture.ndim == 2]
+    occurring = set().union(*(np.unique(label).tolist() for label in labels)) - {IGNORE}
+    legend_top = line + len(rows) * (height + line)
+    per_line = max(1, lefts[-1] // 130)  # entries of the legend
+    legend_height = line * -(-len(occurring) // per_line)
+    sheet = Image.new("RGB", (lefts[-1], legend_top + legend_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for title, left, widths in zip(titles, lefts, columns):
+        draw.text((left + 4, 2), title[-max(widths) // 7 :], "black", font)  # 7 pixels a letter
+    for i, row in enumerate(rows):
+        top = line + i * (height + line)
+        for picture, left in zip(row, lefts):
+            size = (round(height * picture.shape[1] / picture.shape[0]), height)
+            if picture.ndim == 3:
+                cell = resize(Image.fromarray(picture), size, "image")
+            else:
+                label = resize(Image.fromarray(picture), size, "label")
+                cell = Image.fromarray(colours[np.asarray(label)])
+            sheet.paste(cell, (left, top))
+        if captions:
+            draw.text((4, top + height + 2), captions[i], "black", font)
+    for i, c in enumerate(sorted(occurring)):
+        left = 4 + 130 * (i % per_line)
+        top = legend_top + line * (i // per_line)
+        draw.rectangle((left, top + 4, left + 11, top + 15), tuple(colours[c].tolist()))
+        draw.text((left + 16, top + 2), classes[c], "black", font)
     write_png(path, np.asarray(sheet))
 
 
-@predicting()
-def write_panel(path, networks: dict, dataset: Images, indices, device, entropy):
+@torch.no_grad()
+def write_panel(path, networks: dict, dataset: Images, indices, classes, device, captions=None):
     """One PNG with a row for each of these images of the dataset: image, ground truth if it has
-    labels, prediction of each of {title: network}, entropy of the last (black 0, white 1).
+    labels, prediction of each of {title: network}, for two networks what changed between them, and
+    the entropy of the last (black 0, white 1).
 
-    The networks are of `inference_copy` and see images at the dataset's size. entropy: a function
-    of logits (1,C,H,W) to (1,H,W) in 0..1.
+    The networks are of `inference_copy` and see images at the dataset's size.
     """
     rows = []
     for index in indices:
         image, label = dataset.open(index)
+        x = as_input(image, dataset.size, device)
         row = [np.asarray(image)]
         titles = ["image"]
         if label is not None:
-            row.append(np.asarray(label))
+            row.append(np.asarray(resize(label, image.size, "label")))
             titles.append("ground truth")
-        x = pil_to_tensor(resize(image, dataset.size, "image"))[None].to(device)
-        for network in networks.values():
+        predictions = []
+        for title, network in networks.items():
             logits = main_logits([network], x)
-            row.append(upsampled_argmax(logits, image.size)[0].cpu().numpy())
-        row.append(grey(entropy(upsample(logits, image.size))[0]))
+            predictions.append(upsampled_argmax(logits, image.size)[0].cpu().numpy())
+            titles.append(title)
+        row += predictions
+        if label is not None and len(networks) == 2:
+            row.append(changes(*predictions, row[1]))
+            titles.append("green: right, red: wrong")
+        row.append(grey(entropy_map(logits, image.size)[0]))
+        titles.append("entropy")
         rows.append(row)
-    write_grid(path, [*titles, *networks, "entropy"], rows, network.num_classes)
+    write_grid(path, titles, rows, classes, captions)
 
 
-@predicting()
-def report(out, runs: dict, validation: Labelled, device, entropy):
+@torch.no_grad()
+def print_results(out, runs: dict, validation: Labelled, device):
     """Print the last scores of runs {title: folder} and draw their predictions, out/panel.png, for
-    the two images of lowest and the two of highest mean entropy, of at most 24 that are spread over
-    the set; entropy as in `write_panel`, of the last run."""
+    the two images of lowest and the two of highest mean entropy under the last run, of at most 24
+    that are evenly spaced over the set."""
     columns = {}
     networks = {}
     for title, folder in runs.items():
-        columns[title] = evaluations(read_log(Path(folder) / "log.jsonl"))[-1]
-        networks[title] = inference_copy(load(Path(folder) / "last.pth")).to(device)
-    images = columns[title].get("images")  # which the set had then
+        columns[title] = evaluations(read_log(Path(folder, "log.jsonl")))[-1]
+        networks[title] = inference_copy(load(Path(folder, "last.pth"))).to(device)
+    images = columns[title]["images"]  # at the time of the evaluation
     print(f"\nIoU in percent on {images} validation images, last checkpoints:")
     print(score_table(columns))
     means = {}
-    for index in spread(len(validation), 24):
-        image = validation[index]["image"][None].to(device)
-        logits = main_logits([networks[title]], image)  # of the last run
-        means[index] = entropy(logits).mean().item()
+    for index in evenly_spaced(len(validation), 24):
+        image, _ = validation.open(index)
+        logits = main_logits([networks[title]], as_input(image, validation.size, device))
+        means[index] = entropy_map(logits, validation.size).mean().item()
     order = sorted(means, key=means.get)
     shown = list(dict.fromkeys(order[:2] + order[-2:]))
-    write_panel(Path(out) / "panel.png", networks, validation, shown, device, entropy)
-    print(f"\npictures: {Path(out) / 'panel.png'}")
+    captions = [f"{validation.names[i]}, mean entropy {means[i]:.3f}" for i in shown]
+    path = Path(out, "panel.png")
+    write_panel(path, networks, validation, shown, validation.classes, device, captions)
+    print(f"\npictures: {path}")

@@ -1,27 +1,23 @@
-r"""IntraDA: unsupervised intra-domain adaptation for semantic segmentation (CVPR 2020).
+r"""IntraDA: unsupervised intra-domain adaptation for semantic segmentation (Pan et al., CVPR 2020).
 
-Pan, Shin, Rameau, Lee, Kweon. Stage 1 aligns source and target: this is AdvEnt (Vu et al., CVPR
-2019). Stage 2 ranks the target images by entropy and splits them into easy and hard. Stage 3 aligns
-easy images (with pseudo labels) and hard ones. Stages 1 and 3 are one function, `train`, with other
-inputs: that symmetry is the method.
+Stage 1 trains G on labelled source images, and a discriminator D makes its entropy maps on target
+images look like those on the source: this is AdvEnt (Vu et al., CVPR 2019). Stage 2 ranks the
+target images by entropy and calls those of low entropy easy, the others hard. Stage 3 is stage 1
+once more, with easy images and their pseudo labels as source and hard images as target.
 
-    python intrada.py                                    demo: built-in scenes, small network
-    python intrada.py --data-root DIR --out runs/gta5    GTA5 -> Cityscapes, ResNet-101
+    python intrada.py                                    demo: drawn scenes, a small network
+    python intrada.py --data-root DIR --out runs/gta5    GTA5 -> Cityscapes, ResNet-101, one GPU
     torchrun --nproc_per_node=4 intrada.py --data-root DIR --out runs/four     batch 4 + 4
-    python intrada.py --data-root DIR --out runs/x --stage 2 --ckpt FILE       rank with any file
     python intrada.py --stage 1 --alignment none --out runs/source             source only
     python intrada.py --stage 1 --alignment batchnorm --out runs/control       the control
-    python intrada.py --stage 3 --ratio 1 --ranking RUN/stage2 --out runs/self        self-training
-    python intrada.py --stage 3 --init RUN/stage1/last.pth --ranking RUN/stage2 --out runs/align \
-        --lambda-seg-main 0 --lambda-seg-aux 0      intra-domain alignment alone, in our reading
 
-The control sends target images through BatchNorm alone. RUN is an earlier run's --out.
-The same command again goes on where the run stopped.
+The control sends target images through BatchNorm alone. The same command resumes a stopped run.
 
 Where this differs from the paper (P) or from the released code (R):
-D1  R steps a parameter as often as its optimizer lists it: conv1 once, shortcut convolutions four
-    times, the other convolutions three times. Here each is listed once, with that factor on its
-    learning rate (--backbone-lr released) or with 1, as P's text has it (paper).
+D1  R's optimizer lists a parameter n times and steps it n times: conv1 and the heads once, shortcut
+    convolutions four times, the other convolutions three times. Each repeat adds the weight decay
+    once more. Here each is listed once, with n as a factor on its learning rate and (n + 1)/2 on
+    its weight decay of 5e-4 (--recipe released), or with 1 for all, as in P's text (paper).
 D2  Cross-entropy is the mean over labelled pixels and 0, not NaN, for a batch without any.
 D3  log P comes from log-softmax instead of log(P + 1e-30): exact, and finite for any logits.
 D4  The split has floor(ratio * N) easy images in exact arithmetic; ties are broken by name.
@@ -32,9 +28,10 @@ D6  --init imagenet takes torchvision's weights, R the Caffe-style DeepLab_resne
 D7  Every epoch is a new permutation of the images. R shuffles a list that repeats them.
 D8  With several processes (torchrun) gradients and BatchNorm's running statistics are averaged.
     Each process takes the mean over its own labelled pixels and normalises by its own batch
-    statistics; --lr is not scaled.
-D9  On GPUs that have bfloat16 the convolutions of training run in it (--no-amp: in TF32). Entropies
-    and losses are computed in float32 from what they give. Ranking and evaluation are float32.
+    statistics, so that two processes of one image and one of two do not agree. --lr is not scaled.
+D9  On GPUs that have bfloat16 the convolutions of training run in it (--no-amp: in float32).
+    Entropies and losses are computed in float32 from what they give. Ranking and evaluation are
+    float32. TF32 is off.
 D10 The demo (DEMO) is short. It starts from demo/initial.pth, a network trained on drawn source
     scenes. Its adversarial weights are 20 times the defaults, its learning rates 12 times (G) and 3
     times (D); the factor on the heads' is 0.3.
@@ -48,7 +45,7 @@ import io
 import json
 import math
 import os
-import sys
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -57,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import IGNORE, UserError, number, place
+from common import IGNORE, UserError
 
 # ====================================================================== arguments
 
@@ -68,142 +65,156 @@ DEMO = dict(
     lr_head_mult=0.3, lr_d=3e-4, lambda_adv_main=2e-2, lambda_adv_aux=4e-3,
     eval_every=200, save_every=100, log_every=20, workers=0,
 )  # fmt: skip
-RECIPES = ("released", "paper")
 SOURCE_SIZES = {"gta5": (1280, 720), "synthia": (1280, 760), "synscapes": (1440, 720)}
+# Flags that may change when a run resumes. The lists, and the folders, are known by their images;
+# the schedule is --max-iters. Of stage 3, ratio and normalize_entropy are settings, too.
+FREE = (
+    "data_root", "source_root", "target_root", "source_list", "target_list", "out", "ckpt",
+    "ranking", "demo", "stage", "stop_iters", "ratio", "normalize_entropy", "eval_every",
+    "save_every", "log_every", "device", "amp", "compile", "checkpoint_activations", "workers",
+)  # fmt: skip
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS) or action.default is False:
-            return action.help
-        return f"{action.help} [%(default)s]"
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists all flags)")
-
-
-def parse() -> tuple:
-    """(args, settings): settings {flag: text} are those that make the run what it is."""
-    parser = Parser(
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
-        description=__doc__,
-        epilog=f"Without a data root the demo runs, whose defaults are {DEMO}.",
+        description=__doc__.split("\nWhere this differs")[0],
+        epilog="Without a data root the demo runs. DEMO in this file has its own defaults.",
         formatter_class=Help,
         allow_abbrev=False,
     )
     on_off = argparse.BooleanOptionalAction
-    count = number(int, 1, 10**9)
-    count_or_0 = number(int, 0, 10**9)
-    real = number(float, 0, 1e6)
 
     g = parser.add_argument_group("files")
-    g.add_argument("--data-root", type=place, help="parent of GTA5/, Cityscapes/ ...; none: demo")
-    g.add_argument("--source-root", type=place, help="source folder, if not below --data-root")
-    g.add_argument("--target-root", type=place, help="target folder, if not below --data-root")
-    g.add_argument("--out", type=place, default="runs/intrada", help="folder of this run's files")
-    g.add_argument("--ckpt", type=place, help="stage 2: rank with this file, not stage1/last.pth")
-    g.add_argument("--ranking", type=place, help="stage 3: folder of another run's ranking.csv")
+    g.add_argument("--data-root", type=Path, help="folder with GTA5/, Cityscapes/, ...")
+    g.add_argument("--source-root", type=Path, help="source folder, if not below --data-root")
+    g.add_argument("--target-root", type=Path, help="target folder, if not below --data-root")
+    g.add_argument("--source-list", type=Path, help="text file: the source images to train on")
+    g.add_argument("--target-list", type=Path, help="text file: the target images to train on")
+    g.add_argument("--out", type=Path, default="runs/intrada", help="folder of this run's files")
+    g.add_argument("--ckpt", type=Path, help="stage 2: rank with this file, not stage1/last.pth")
+    g.add_argument("--ranking", type=Path, help="stage 3: stage2/ folder of another run")
 
     g = parser.add_argument_group("data")
     g.add_argument("--source", choices=common.SOURCES, default="gta5", help="labelled domain")
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="unlabelled one")
-    classes = number(int, 2, 255)
-    g.add_argument("--num-classes", type=classes, default=19, help="C; not 19: folder data only")
-    text = "WxH; GTA5 1280x720, SYNTHIA 1280x760 (released), Synscapes 1440x720; else --target-size"
-    g.add_argument("--source-size", type=common.size, help=text)
-    g.add_argument("--target-size", type=common.size, default="1024x512", help="WxH (released)")
+    g.add_argument("--num-classes", type=int, default=19, help="C; not 19: folder data only")
+    text = "WxH; GTA5 1280x720, SYNTHIA 1280x760 (both released), Synscapes 1440x720 (native)"
+    g.add_argument("--source-size", type=common.WxH, help=text)
+    text = "WxH, also of ranking, stage 3 and validation (released)"
+    g.add_argument("--target-size", type=common.WxH, default="1024x512", help=text)
 
     g = parser.add_argument_group("schedule")
-    g.add_argument("--batch-size", type=count, default=1, help="images of each domain (released)")
-    g.add_argument("--max-iters", type=count, default=250_000, help="horizon of poly (released)")
-    text = "default: 120000, SYNTHIA 90000 (released), but at most --max-iters"
-    g.add_argument("--stop-iters", type=count, help=text)
-    g.add_argument("--lr", type=real, default=2.5e-4, help="SGD learning rate of G (paper)")
-    g.add_argument("--lr-d", type=real, default=1e-4, help="Adam learning rate of D (paper)")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="weights and order")
+    g.add_argument("--batch-size", type=int, default=1, help="images of each domain (released)")
+    g.add_argument("--max-iters", type=int, default=250_000, help="horizon of poly (released)")
+    text = "120000, for SYNTHIA 90000 (released), but at most --max-iters"
+    g.add_argument("--stop-iters", type=int, help=text)
+    g.add_argument("--lr", type=float, default=2.5e-4, help="SGD learning rate of G (paper)")
+    g.add_argument("--lr-d", type=float, default=1e-4, help="Adam learning rate of D (paper)")
+    g.add_argument("--seed", type=int, default=0, help="of initial weights and image order")
 
     g = parser.add_argument_group("method")
     kinds = ("adversarial", "batchnorm", "none")
-    text = "target images: aligned, through BatchNorm alone (the control), or unread"
+    text = "target images: aligned, through BatchNorm alone (the control), or not used"
     g.add_argument("--alignment", choices=kinds, default="adversarial", help=text)
-    g.add_argument("--lambda-seg-main", type=real, default=1.0, help="weight of CE, main (paper)")
-    g.add_argument("--lambda-seg-aux", type=real, default=0.1, help="weight of CE, aux (released)")
-    g.add_argument("--lambda-adv-main", type=real, default=0.001, help="λ_adv, main head (paper)")
-    g.add_argument("--lambda-adv-aux", type=real, default=0.0002, help="λ_adv, aux (released)")
+    g.add_argument("--lambda-seg-main", type=float, default=1.0, help="weight of CE, main (paper)")
+    g.add_argument("--lambda-seg-aux", type=float, default=0.1, help="weight of CE, aux (released)")
+    text = "λ_adv, main head (paper); more aligns harder, and too much unlearns the source"
+    g.add_argument("--lambda-adv-main", type=float, default=0.001, help=text)
+    g.add_argument("--lambda-adv-aux", type=float, default=0.0002, help="λ_adv, aux (released)")
 
     g = parser.add_argument_group("ranking")
-    g.add_argument("--ratio", type=number(float, 0, 1), default=0.67, help="λ, easy share (paper)")
+    text = "λ, share of easy images (paper); 1: all, which is self-training alone"
+    g.add_argument("--ratio", type=float, default=0.67, help=text)
     text = "multiply R(X) by the rarity factor, which favours rare classes (paper)"
     g.add_argument("--normalize-entropy", action=on_off, default=False, help=text)
 
     g = parser.add_argument_group("network")
     g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
-    g.add_argument("--layers", type=common.layers, default="3,4,23,3", help="blocks of each stage")
-    g.add_argument("--width", type=number(int, 2, 1024), default=64, help="stem channels, also D's")
-    text = "BatchNorm statistics in training (released)"
+    text = "blocks of each stage"
+    g.add_argument("--layers", type=common.block_counts, default="3,4,23,3", help=text)
+    g.add_argument("--width", type=int, default=64, help="stem channels, also D's")
+    text = "training normalises by batch statistics (released), or by running ones, then fixed"
     g.add_argument("--bn", choices=("batch", "running"), default="batch", help=text)
-    g.add_argument("--backbone-lr", choices=RECIPES, default="released", help="see D1")
-    g.add_argument("--lr-head-mult", type=real, default=10.0, help="factor on heads' lr (released)")
+    text = "learning rates and weight decay, see D1"
+    g.add_argument("--recipe", choices=("released", "paper"), default="released", help=text)
+    text = "factor on heads' lr (released)"
+    g.add_argument("--lr-head-mult", type=float, default=10.0, help=text)
 
     g = parser.add_argument_group("run")
     g.add_argument("--stage", choices=("1", "2", "3", "all"), default="all", help="what to run")
-    g.add_argument("--eval-every", type=count_or_0, default=2_000, help="iterations; 0: at the end")
-    g.add_argument("--save-every", type=count, default=1_000, help="iterations between saves")
-    g.add_argument("--log-every", type=count, default=50, help="iterations between log records")
+    g.add_argument("--eval-every", type=int, default=2_000, help="iterations; 0: only at the end")
+    text = "iterations between saves; a kill loses at most these"
+    g.add_argument("--save-every", type=int, default=1_000, help=text)
+    g.add_argument("--log-every", type=int, default=50, help="iterations between log records")
 
     g = parser.add_argument_group("speed")
-    g.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; default: on GPUs with it")
+    g.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    g.add_argument("--amp", action=on_off, help="bfloat16 convolutions; on if the GPU has it")
     g.add_argument("--compile", action=on_off, default=False, help="G, CE and entropy; slow start")
-    g.add_argument("--checkpoint-activations", action=on_off, default=False, help="saves memory")
-    g.add_argument("--workers", type=number(int, 0, 256), default=4, help="readers per domain")
+    text = "compute activations twice, which saves memory"
+    g.add_argument("--checkpoint-activations", action=on_off, default=False, help=text)
+    text = "reading processes per domain; raise it if the log's data_seconds grows"
+    g.add_argument("--workers", type=int, default=4, help=text)
 
     args = parser.parse_args()
-    args.demo = not (args.data_root or args.source_root or args.target_root)
-    if args.demo:
+    demo = not (args.data_root or args.source_root or args.target_root)
+    if demo:
         parser.set_defaults(**DEMO)
-        args = parser.parse_args(namespace=argparse.Namespace(demo=True))
+        args = parser.parse_args()
+    args.demo = demo
     if args.source_size is None:
         args.source_size = SOURCE_SIZES.get(args.source, args.target_size)
     if args.stop_iters is None:
         released = 90_000 if args.source == "synthia" else 120_000
         args.stop_iters = min(args.max_iters, released)
-    check(args)
-    # Flags of these groups make a run what it is (for stage 3 those of "ranking", too). The others
-    # may change when it goes on.
-    settings = {}
-    for group in parser._action_groups:
-        if group.title in ("data", "schedule", "method", "network"):
-            for action in group._group_actions:
-                settings[action.dest] = str(getattr(args, action.dest))
-    return args, settings
+    return args
 
 
 def check(args):
-    """Refuse what concerns more than one flag."""
-    if args.stop_iters > args.max_iters:
-        raise UserError(f"--stop-iters {args.stop_iters} is beyond --max-iters {args.max_iters}")
-    if args.ckpt and args.stage != "2":
-        raise UserError("--ckpt is the file that stage 2 ranks with: it needs --stage 2")
-    if args.ranking and args.stage != "3":
-        raise UserError("--ranking is for --stage 3, which trains on another run's ranking")
-    if args.num_classes != 19 and (args.source != "folder" or args.target != "folder"):
-        raise UserError("--num-classes other than 19 needs --source folder and --target folder")
-    for side in ("source", "target"):
-        if getattr(args, side) == "folder" and not getattr(args, f"{side}_root"):
-            raise UserError(f"--{side} folder needs --{side}-root, which holds images/ and labels/")
-    if args.source_root and args.target_root:
-        if args.source_root.resolve() == args.target_root.resolve():
-            raise UserError("--source-root and --target-root are one folder: name two folders")
-    if args.source == args.target == "cityscapes" and args.alignment != "none":
-        raise UserError("--source cityscapes is the target, too: its ceiling has --alignment none")
+    """Refuse values that would do harm in silence, and flags that contradict each other."""
+    least = {"batch_size": 1, "max_iters": 1, "stop_iters": 1, "save_every": 1, "log_every": 1}
+    least.update(eval_every=0, seed=0, workers=0)
+    sides = (*args.source_size, *args.target_size)
+    folders = args.source == args.target == "folder"
     resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
-    if args.init == "imagenet" and not resnet101 and args.stage != "2":
-        raise UserError("--init imagenet is a ResNet-101: it needs --layers 3,4,23,3 --width 64")
-    if args.compile and args.checkpoint_activations:
-        raise UserError("--compile and --checkpoint-activations exclude each other: drop one")
+    ceiling = args.source == args.target == "cityscapes"
+    mistakes = []
+    for name, low in least.items():
+        flag = f"--{name.replace('_', '-')}"
+        mistakes.append((getattr(args, name) < low, f"{flag} must be {low} or more."))
+    mistakes += [
+        (min(sides) < 32, "--source-size and --target-size need sides of 32 pixels or more."),
+        (not 0 <= args.ratio <= 1, "--ratio is a share. Give 0 to 1."),
+        (not 2 <= args.num_classes <= 255, "--num-classes must be 2 to 255."),
+        (args.stop_iters > args.max_iters, "--stop-iters is beyond --max-iters."),
+        (args.ckpt and args.stage != "2", "--ckpt is what stage 2 ranks with. Add --stage 2."),
+        (args.ranking and args.stage != "3", "--ranking is what stage 3 reads. Add --stage 3."),
+        (args.num_classes != 19 and not folders,
+         "--num-classes other than 19 needs --source folder and --target folder."),
+        (args.source == "folder" and not args.source_root,
+         "--source folder needs --source-root, with images/ and labels/ in it."),
+        (args.target == "folder" and not args.target_root,
+         "--target folder needs --target-root, with images/ in it."),
+        (args.source_root and args.source_root == args.target_root,
+         "--source-root and --target-root are the same folder. Name two."),
+        (ceiling and args.alignment != "none",
+         "--source cityscapes is the target, too. To train on the target's labels add "
+         "--alignment none."),
+        (args.bn == "running" and args.alignment == "batchnorm",
+         "--bn running keeps BatchNorm's statistics: --alignment batchnorm has no effect."),
+        (args.init == "imagenet" and not resnet101 and args.stage != "2",
+         "--init imagenet is a ResNet-101. It needs --layers 3,4,23,3 --width 64."),
+        (args.compile and args.checkpoint_activations,
+         "--compile and --checkpoint-activations exclude each other. Drop one."),
+    ]  # fmt: skip
+    for found, sentence in mistakes:
+        if found:
+            raise UserError(sentence)
 
 
 # ====================================================================== the method's maths
@@ -217,11 +228,6 @@ def self_information(logits: Tensor) -> Tensor:
     """
     log_p = logits.log_softmax(1)  # (B, C, H, W)
     return -log_p.exp() * log_p / math.log(logits.shape[1])
-
-
-def pixel_entropy(logits: Tensor) -> Tensor:
-    """Normalised entropy of every pixel: logits (B,C,H,W) to (B,H,W) in [0, 1]."""
-    return self_information(logits).sum(1)
 
 
 def discriminator(num_classes: int, width: int = 64) -> nn.Sequential:
@@ -275,17 +281,16 @@ def easy_count(ratio: float, images: int) -> int:
 # ====================================================================== stages 1 and 3
 
 
-def train(args, settings, folder, source, target, validation, initial, device):
+def train(args, settings, folder, source, target, validation, device):
     """Train G on labelled `source` while aligning its entropy maps on `target` with the source's.
 
     source, target, validation: datasets; an empty target trains on source alone, validation None
-    is never evaluated. settings {flag: text}: what a checkpoint to go on from must agree with.
-    initial: content of a weight file, or None. Checkpoints and log go to `folder`.
+    is never evaluated. settings {flag: text}: what a checkpoint must agree with to resume from it.
+    Checkpoints and log go to `folder`.
     """
-    iters = args.stop_iters  # of a poly schedule that would end at --max-iters
     torch.manual_seed(args.seed)
     G = common.DeepLabV2(args.num_classes, args.layers, args.width)
-    report = common.load_weights(G, initial, args.init)
+    weight_report = common.load_weights(G, common.initial_weights(args.init), args.init)
     D_main = discriminator(args.num_classes, args.width)
     D_aux = discriminator(args.num_classes, args.width)
     D = nn.ModuleDict({"main": D_main, "aux": D_aux})
@@ -294,8 +299,8 @@ def train(args, settings, folder, source, target, validation, initial, device):
     G.checkpoint_activations = args.checkpoint_activations
     G.input_size = args.target_size
     g_params = [p for p in G.parameters() if p.requires_grad]
-    g_groups = G.parameter_groups(args.backbone_lr, args.lr_head_mult)
-    g_optimizer = torch.optim.SGD(g_groups, lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    g_groups = G.parameter_groups(args.recipe, args.lr_head_mult)
+    g_optimizer = torch.optim.SGD(g_groups, lr=args.lr, momentum=0.9)
     d_optimizer = torch.optim.Adam(D.parameters(), lr=args.lr_d, betas=(0.9, 0.99))
     state = {
         "model": G,
@@ -304,16 +309,15 @@ def train(args, settings, folder, source, target, validation, initial, device):
         "d_optimizer": d_optimizer,
     }
 
-    start, _ = common.resume(folder, settings, state)
-    targets = len(target) or "no"
-    about = f"{len(source)} labelled images, {targets} target images, {report}"
-    log = common.Log(folder, folder.name, about, start, iters, settings)
-    stop_signal = common.StopSignal()
+    start = common.resume(folder, settings, state)
+    iters = max(start, args.stop_iters)  # of a poly schedule that would end at --max-iters
+    if start == 0:  # before anything else is written: now the folder is this run's
+        common.save(folder / "last.pth", 0, settings, state)
+    data = f"{len(source)} labelled images, {len(target) or 'no'} target images, {weight_report}"
+    log = common.Log(folder, folder.name, data, start, iters, settings)
     source_batches = common.Batches(source, args.batch_size, start, iters, args.workers, device)
-    batches = [source_batches]
-    if target:
-        target_batches = common.Batches(target, args.batch_size, start, iters, args.workers, device)
-        batches.append(target_batches)
+    target_batches = common.Batches(target, args.batch_size, start, iters, args.workers, device)
+    alignment = args.alignment if len(target) > 0 else "none"
 
     common.set_mode(G, args.bn)
     if args.compile:
@@ -324,13 +328,10 @@ def train(args, settings, folder, source, target, validation, initial, device):
 
     for it in range(start, iters + 1):
         # ---- once in a while: save, then evaluate; a run killed in between evaluates later
-        stop = stop_signal.agreed()
-        save_due = common.due(it, args.save_every, iters) or common.due(it, args.eval_every, iters)
-        if it > start and (stop or save_due):
+        evaluation_due = common.due(it, args.eval_every, iters)
+        if it > start and (evaluation_due or common.due(it, args.save_every, iters)):
             common.save(folder / "last.pth", it, settings, state)
-        if stop:
-            sys.exit(128 + stop)
-        if validation and common.due(it, args.eval_every, iters) and it not in log.evaluated:
+        if validation and evaluation_due and it not in log.evaluated:
             result = common.evaluate([G], validation, device, args.workers)
             if log.is_best(result):
                 common.save(folder / "best.pth", it, settings, {"model": G})
@@ -339,6 +340,7 @@ def train(args, settings, folder, source, target, validation, initial, device):
             break
 
         # ============================== the method ==============================
+        # The schedule is set before each step, from `it` alone, so that a run resumes exactly.
         decay = (1 - it / args.max_iters) ** 0.9
         for group in g_optimizer.param_groups:
             group["lr"] = args.lr * decay * group["lr_factor"]
@@ -355,16 +357,15 @@ def train(args, settings, folder, source, target, validation, initial, device):
         loss_seg_main = cross_entropy(common.upsample(S.main, size_s), y_s)
         loss_seg_aux = cross_entropy(common.upsample(S.aux, size_s), y_s)
         loss_seg = args.lambda_seg_main * loss_seg_main + args.lambda_seg_aux * loss_seg_aux
-        loss_seg.backward()
+        loss_seg.backward()  # at once, so that the source's activations need not wait in memory
 
-        loss_adv_main = loss_adv_aux = loss_d_main = loss_d_aux = None
-        if target:
+        if alignment == "batchnorm":
             x_t, _ = next(target_batches)
-        if target and args.alignment == "batchnorm":
             # The control: target images move BatchNorm's running statistics, and nothing else.
             with torch.no_grad(), autocast:
                 G(common.normalize(x_t))
-        elif target:
+        if alignment == "adversarial":
+            x_t, _ = next(target_batches)
             # G on the target: D should take its maps for the source's (AdvEnt, 3.2).
             # L_adv = λ_main BCE(D(I_t), source) + λ_aux BCE(D(I_t), source)
             size_t = (x_t.shape[3], x_t.shape[2])
@@ -373,150 +374,72 @@ def train(args, settings, folder, source, target, validation, initial, device):
             I_t_main = information(common.upsample(T.main, size_t))  # (B, C, H, W)
             I_t_aux = information(common.upsample(T.aux, size_t))
             with autocast:
-                fooled_main = D_main(I_t_main)  # (B, 1, H/32, W/32)
-                fooled_aux = D_aux(I_t_aux)
-            loss_adv_main = domain_loss(fooled_main, SOURCE)
-            loss_adv_aux = domain_loss(fooled_aux, SOURCE)
+                adv_main = D_main(I_t_main)  # (B, 1, H/32, W/32)
+                adv_aux = D_aux(I_t_aux)
+            loss_adv_main = domain_loss(adv_main, SOURCE)
+            loss_adv_aux = domain_loss(adv_aux, SOURCE)
             loss_adv = args.lambda_adv_main * loss_adv_main + args.lambda_adv_aux * loss_adv_aux
-            loss_adv.backward(inputs=g_params)  # through D, which stays as it is
+            # The gradient passes through D, but only G's parameters receive it. If D's received it
+            # too, D would learn to call the target source.
+            loss_adv.backward(inputs=g_params)
 
-            # D tells the domains apart, on detached maps (AdvEnt, 3.2), on both heads:
-            # L_D = 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target)
+            # D tells the domains apart, on both heads. The maps are detached: G must not help D.
+            # L_D = 1/2 BCE(D(I_s), source) + 1/2 BCE(D(I_t), target) (AdvEnt, 3.2)
             I_s_main = information(common.upsample(S.main.detach(), size_s))
             I_s_aux = information(common.upsample(S.aux.detach(), size_s))
             with autocast:
-                source_main = D_main(I_s_main)
-                source_aux = D_aux(I_s_aux)
-                target_main = D_main(I_t_main.detach())
-                target_aux = D_aux(I_t_aux.detach())
-            loss_d_main = (domain_loss(source_main, SOURCE) + domain_loss(target_main, TARGET)) / 2
-            loss_d_aux = (domain_loss(source_aux, SOURCE) + domain_loss(target_aux, TARGET)) / 2
+                d_s_main = D_main(I_s_main)
+                d_s_aux = D_aux(I_s_aux)
+                d_t_main = D_main(I_t_main.detach())
+                d_t_aux = D_aux(I_t_aux.detach())
+            loss_d_main = (domain_loss(d_s_main, SOURCE) + domain_loss(d_t_main, TARGET)) / 2
+            loss_d_aux = (domain_loss(d_s_aux, SOURCE) + domain_loss(d_t_aux, TARGET)) / 2
             (loss_d_main + loss_d_aux).backward()
 
-        common.average_over_ranks(G, D)  # gradients and running statistics
+        common.average_over_ranks(G, D)  # gradients and running statistics; by hand, see there
         g_optimizer.step()
-        if target and args.alignment == "adversarial":
+        if alignment == "adversarial":
             d_optimizer.step()
         # =========================== end of the method ===========================
 
-        log.add(
-            batches,
-            loss_seg_main=loss_seg_main,
-            loss_seg_aux=loss_seg_aux,
-            loss_adv_main=loss_adv_main,
-            loss_adv_aux=loss_adv_aux,
-            loss_d_main=loss_d_main,
-            loss_d_aux=loss_d_aux,
-        )
         if common.due(it + 1, args.log_every, iters):
-            log.losses(it + 1, device, lr=args.lr * decay)
-
-    stop_signal.close()
+            losses = {"loss_seg_main": loss_seg_main, "loss_seg_aux": loss_seg_aux}
+            if alignment == "adversarial":
+                losses.update(loss_adv_main=loss_adv_main, loss_adv_aux=loss_adv_aux)
+                losses.update(loss_d_main=loss_d_main, loss_d_aux=loss_d_aux)
+            batches = [source_batches, target_batches]
+            log.losses(it + 1, batches, device, losses, lr=args.lr * decay)
 
 
 # ====================================================================== stage 2: ranking
 
 
-@common.predicting()
-def rank_target(args, checkpoint: Path, images: dict, device):
-    """Predict all target images once and write <out>/stage2/.
+@torch.no_grad()
+def rank_images(G, dataset, folder: Path, classes: tuple, workers: int, device) -> list:
+    """Predict all images once: the rows {name, entropy, normalized_entropy}, least entropy first.
 
-    labels/<name>.png: argmax of the main head at --target-size, no threshold, for every image.
-    ranking.csv: name, entropy R(X) = mean of I over pixels and classes, normalized_entropy.
-    ranking.json: which checkpoint, images and input size it was made from. gallery.png: the easiest
-    and the hardest images. The folder appears when it is whole; a finished one stays.
+    entropy is R(X), the mean of I over pixels and classes (float64, of the float32 map).
+    <folder>/<name>.png: the pseudo labels, the argmax of the main head at the dataset's size
+    (W,H), without a threshold, for every image.
     """
-    folder = args.out / "stage2"
-    if folder.exists():
-        print(f"stage 2: already ranked, {folder / 'ranking.csv'}")
-        return
-    G = common.inference_copy(common.load(checkpoint)).to(device)
-    C = G.num_classes
-    if C != args.num_classes:
-        wanted = f"--num-classes {args.num_classes}"
-        raise UserError(f"{checkpoint} predicts {C} classes, not {wanted}: name another file")
-    what = f"{len(images)} target images with {checkpoint}, {G.report}"
-    print(f"stage 2: ranking {what}", flush=True)
-    partial = args.out / "stage2.partial"
-    dataset = common.Images(images, args.target_size)
     rows = {}
-    for item in common.one_by_one(dataset, args.workers, device):
+    for item in common.one_by_one(dataset, workers):
         name = item["name"]
-        x = item["image"][None].to(device, non_blocking=True)
+        x = common.to_device(item["image"], device).permute(2, 0, 1)[None]  # (1, 3, H, W)
         logits = common.main_logits([G], x)  # (1, C, h, w)
-        label = common.upsampled_argmax(logits, args.target_size)[0]  # (H, W)
-        I_t = self_information(common.upsample(logits, args.target_size))  # (1, C, H, W)
+        label = common.upsampled_argmax(logits, dataset.size)[0]  # (H, W)
+        I_t = self_information(common.upsample(logits, dataset.size))  # (1, C, H, W)
         entropy = I_t.mean(dtype=torch.float64).item()
-        factor = rarity_factor(set(label.unique().tolist())) if C == 19 else 1.0
+        factor = 1.0
+        if classes == common.CLASSES:
+            factor = rarity_factor(set(label.unique().tolist()))
         rows[name] = {"name": name, "entropy": entropy, "normalized_entropy": entropy * factor}
-        common.write_png(partial / "labels" / f"{name}.png", label.cpu().numpy(), C)
+        common.write_png(folder / f"{name}.png", label.cpu().numpy(), classes)
     rows = common.merge_ranks(rows)  # when all ranks have written their labels
-    if common.rank() == 0:
-        ranked = sorted(rows.values(), key=lambda row: (row["entropy"], row["name"]))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, ranked[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(ranked)
-        common.write_text(partial / "ranking.csv", table.getvalue())
-        about = {
-            "checkpoint": os.path.relpath(checkpoint, args.out),
-            "checkpoint_digest": common.content_digest([checkpoint]),
-            "input_size": list(args.target_size),
-            "num_classes": C,
-            "images": common.fingerprint(images.values()),
-            "content": ranking_content(partial, ranked),
-        }
-        common.write_text(partial / "ranking.json", json.dumps(about, indent=1) + "\n")
-        ends = dict.fromkeys(row["name"] for row in ranked[:3] + ranked[-3:])  # each name once
-        shown = [dataset.names.index(name) for name in ends]
-        gallery = partial / "gallery.png"
-        common.write_panel(gallery, {"prediction": G}, dataset, shown, device, pixel_entropy)
-        with common.writing(folder):
-            os.rename(partial, folder)
-    common.barrier()
+    return sorted(rows.values(), key=lambda row: (row["entropy"], row["name"]))
 
 
-def ranking_content(folder: Path, rows: list) -> str:
-    """A digest of the table and of all labels."""
-    labels = [folder / "labels" / f"{row['name']}.png" for row in rows]
-    return common.content_digest([folder / "ranking.csv", *labels])
-
-
-def read_ranking(folder: Path, checkpoint, images: dict, num_classes: int, size: tuple) -> list:
-    """The rows {name, entropy, normalized_entropy} of a ranking; refuses one that is damaged, of
-    other images, classes or input size, or of another checkpoint than `checkpoint` (None: any; the
-    file that it names, if it is still there, must not have changed)."""
-    again = f"remove {folder} and run --stage 2 again"
-    if not (folder / "ranking.csv").exists():
-        raise UserError(f"no {folder / 'ranking.csv'}: run --stage 2, after removing any {folder}")
-    try:
-        about = json.loads((folder / "ranking.json").read_text())
-        with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            row["entropy"] = float(row["entropy"])
-            row["normalized_entropy"] = float(row["normalized_entropy"])
-        content = ranking_content(folder, rows)
-        named = folder.absolute().parent / about["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
-        raise UserError(f"{folder} is damaged or not whole ({error}): {again}")
-    expected = {
-        "content": content,
-        "images": common.fingerprint(images.values()),
-        "num_classes": num_classes,
-        "input_size": list(size),
-    }
-    ranked_with = checkpoint or named
-    if ranked_with.exists():
-        expected["checkpoint_digest"] = common.content_digest([ranked_with])
-    for entry, value in expected.items():
-        if about.get(entry) != value:
-            hint = f"give its flags and data, or {again}"
-            raise UserError(f"{folder} changed, or is of another run (other {entry}): {hint}")
-    return rows
-
-
-def split(rows: list, ratio: float, normalized: bool) -> tuple:
+def easy_and_hard(rows: list, ratio: float, normalized: bool) -> tuple:
     """(easy, hard) names: the floor(λN) of least entropy, the rest. Ties are broken by name."""
     key = "normalized_entropy" if normalized else "entropy"
     names = [row["name"] for row in sorted(rows, key=lambda row: (row[key], row["name"]))]
@@ -524,91 +447,182 @@ def split(rows: list, ratio: float, normalized: bool) -> tuple:
     return names[:count], names[count:]
 
 
-# ====================================================================== main
+def read_ranking(folder: Path, images: dict, size: tuple, classes: tuple) -> tuple:
+    """(rows {name, entropy, normalized_entropy}, content of ranking.json) of a ranking. UserError
+    if it is of other images, another input size or another class count."""
+    if not (folder / "ranking.json").exists():
+        raise UserError(f"no ranking in {folder}. Run --stage 2 first.")
+    made_with = json.loads((folder / "ranking.json").read_text())
+    expected = {
+        "images": common.fingerprint(images),
+        "input_size": list(size),
+        "num_classes": len(classes),
+    }
+    for entry, value in expected.items():
+        if made_with[entry] != value:
+            what = f"{folder} was made with different {entry.replace('_', ' ')}"
+            raise UserError(f"{what}. Give its flags and data, or remove it and run --stage 2.")
+    with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["entropy"] = float(row["entropy"])
+        row["normalized_entropy"] = float(row["normalized_entropy"])
+    return rows, made_with
+
+
+def check_weights(folder: Path, made_with: dict, network):
+    """Refuse a ranking that other weights than the network's made."""
+    if made_with["weights"] != network.digest:
+        what = f"{folder} was made with weights other than those in {made_with['checkpoint']} now"
+        raise UserError(f"{what}. Remove it and run --stage 2.")
+
+
+# ====================================================================== stages, main
+
+
+def stage_1(args, settings, images, classes, validation, device):
+    """AdvEnt: labelled source against the target images {name: path}."""
+    source_root = common.dataset_root(args.source, args.data_root, args.source_root)
+    pairs = common.keep_listed(common.list_pairs(args.source, source_root), args.source_list)
+    common.check_classes(args.source, source_root, classes)
+    common.refuse_inside(args.out, common.image_folder(args.source, source_root))
+    source = common.Labelled(pairs, args.source, classes, args.source_size, seed=args.seed)
+    source.check_samples()
+    folder = args.out / "stage1"
+    if args.alignment == "none":
+        images = {}
+    settings = {**settings, "images": common.fingerprint([*pairs, *images])}
+    if args.stage == "all" and (args.out / "stage2").exists():
+        found = common.earlier_run(folder, settings)
+        if found is None or found["iter"] < args.stop_iters:
+            raise UserError(f"{args.out / 'stage2'} is older than stage 1 will be. Remove it.")
+    target = common.Images(images, args.target_size, seed=args.seed + 1)
+    train(args, settings, folder, source, target, validation, device)
+
+
+def stage_2(args, images, classes, device):
+    """Rank the target images {name: path} and write <out>/stage2/, which appears when it is whole.
+
+    ranking.csv, labels/<name>.png; ranking.json: with which checkpoint, images and input size;
+    gallery.png: the easiest and the hardest images.
+    """
+    checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
+    if not checkpoint.is_file():
+        raise UserError(f"no {checkpoint}. Run --stage 1 first, or name a file with --ckpt.")
+    network = common.load(checkpoint)
+    if not args.ckpt and network.iterations < args.stop_iters:
+        done = f"{checkpoint} has {network.iterations} of --stop-iters {args.stop_iters} iterations"
+        raise UserError(f"{done}. Resume --stage 1 first, or name the file with --ckpt.")
+    if network.num_classes != len(classes):
+        wanted = f"--num-classes {len(classes)}"
+        raise UserError(f"{checkpoint} predicts {network.num_classes} classes, not {wanted}.")
+    folder = args.out / "stage2"
+    if folder.exists():
+        _, made_with = read_ranking(folder, images, args.target_size, classes)
+        check_weights(folder, made_with, network)
+        print(f"stage2: already ranked, {folder / 'ranking.csv'}")
+        return
+    print(f"stage2: ranking {len(images)} target images with {checkpoint}, "
+          f"{network.weight_report}", flush=True)  # fmt: skip
+    G = common.inference_copy(network).to(device)
+    partial = args.out / "stage2.partial"
+    if common.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    common.barrier()
+    dataset = common.Images(images, args.target_size)
+    rows = rank_images(G, dataset, partial / "labels", classes, args.workers, device)
+    easy, hard = easy_and_hard(rows, args.ratio, args.normalize_entropy)
+    if common.rank() == 0:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        common.write_text(partial / "ranking.csv", table.getvalue())
+        made_with = {
+            "checkpoint": os.path.relpath(checkpoint, args.out),
+            "weights": network.digest,
+            "images": common.fingerprint(images),
+            "input_size": list(args.target_size),
+            "num_classes": len(classes),
+        }
+        common.write_text(partial / "ranking.json", json.dumps(made_with, indent=1) + "\n")
+        shown = {row["name"]: row["entropy"] for row in rows[:3] + rows[-3:]}
+        captions = []
+        for name, entropy in shown.items():
+            part = "easy" if name in easy else "hard"
+            captions.append(f"{part}: {name}, entropy {entropy:.4f}")
+        indices = [dataset.names.index(name) for name in shown]
+        gallery = partial / "gallery.png"
+        common.write_panel(gallery, {"prediction": G}, dataset, indices, classes, device, captions)
+        os.rename(partial, folder)
+    common.barrier()
+    print(f"stage2: {len(easy)} easy and {len(hard)} hard images, {folder / 'ranking.csv'}")
+
+
+def stage_3(args, settings, images, classes, validation, device):
+    """Stage 1 once more: easy images with pseudo labels against hard ones, of {name: path}."""
+    ranking = args.ranking or args.out / "stage2"
+    rows, made_with = read_ranking(ranking, images, args.target_size, classes)
+    checkpoint = ranking.absolute().parent / made_with["checkpoint"]
+    if checkpoint.exists():
+        check_weights(ranking, made_with, common.load(checkpoint))
+    easy, hard = easy_and_hard(rows, args.ratio, args.normalize_entropy)
+    if args.alignment == "none":
+        hard = []
+    pairs = {name: (images[name], ranking / "labels" / f"{name}.png") for name in easy}
+    size = args.target_size
+    source = common.Labelled(pairs, "folder", classes, size, pseudo=True, seed=args.seed)
+    target = common.Images({name: images[name] for name in hard}, size, seed=args.seed + 1)
+    settings = {
+        **settings,
+        "ratio": str(args.ratio),
+        "normalize_entropy": str(args.normalize_entropy),
+        "images": common.fingerprint(images),
+        "ranking": made_with["weights"],
+    }
+    train(args, settings, args.out / "stage3", source, target, validation, device)
 
 
 def main():
-    args, settings = parse()
+    args = parse()
+    check(args)
     device = common.set_up(args.device)
-    settings["processes"] = str(common.world_size())
+    settings = common.identity(vars(args), FREE)
     held = common.lock(args.out)  # noqa: F841, kept until the process ends
     if args.demo:
         from demo.scenes import demo_scenes
 
-        print("Demo: built-in scenes, small network, short schedule. Real data: --data-root DIR")
+        print("Demo: drawn scenes, small network, short schedule. Real data: --data-root DIR")
         args.data_root = demo_scenes(args.source)
-    stages = "123" if args.stage == "all" else args.stage
-    checkpoint = args.ckpt or args.out / "stage1" / "last.pth"
-    ranking = args.ranking or args.out / "stage2"
-    C = args.num_classes
+    if (args.out / "last.pth").exists() or (args.out / "warmup").exists():
+        raise UserError(f"--out {args.out} holds a run of bcl.py. Choose another --out.")
 
-    if (args.out / "warmup").exists() or (args.out / "last.pth").exists():
-        raise UserError(f"--out {args.out} holds a run of bcl.py: choose another --out")
-
-    # What the stages need is looked at before anything is trained.
+    # What the stages share is looked at before anything is trained.
     target_root = common.dataset_root(args.target, args.data_root, args.target_root)
-    images = common.list_images(args.target, target_root, "train")
-    classes = common.dataset_classes(args.target, target_root, C)
+    images = common.keep_listed(common.list_images(args.target, target_root), args.target_list)
+    classes = common.dataset_classes(args.target, target_root, args.num_classes)
+    common.refuse_inside(args.out, common.image_folder(args.target, target_root))
+    common.Images(images).check_samples()
     if args.normalize_entropy and classes != common.CLASSES:
-        raise UserError("--normalize-entropy counts rare classes of Cityscapes: leave it out")
-    aligned = {} if args.alignment == "none" else images  # what training reads without labels
-    if aligned or "2" in stages:
-        common.Images(images).look()
-    if ("2" in stages or "3" in stages) and easy_count(args.ratio, len(images)) == 0:
-        raise UserError(f"--ratio {args.ratio} of {len(images)} images leaves none easy: raise it")
-    if args.stage == "2" and not checkpoint.is_file():
-        raise UserError(f"no {checkpoint}: run --stage 1 first, or name a file with --ckpt")
-    if "1" in stages or "3" in stages:
-        initial, settings["init"] = common.initial_weights(args.init)
-        validation = common.validation_set(args.target, target_root, C, args.target_size)
-    if "1" in stages:
-        source_root = common.dataset_root(args.source, args.data_root, args.source_root)
-        pairs = common.list_pairs(args.source, source_root)
-        source = common.Labelled(pairs, args.source, C, args.source_size, seed=args.seed)
-        source.look()
-        common.check_classes(args.source, source_root, args.target, target_root, C)
-        files = [*source.files, *aligned.values()]
-        settings_1 = {**settings, "images": common.fingerprint(files)}
-        found = common.earlier_run(args.out / "stage1", settings_1) or {"iter": 0}
-        if args.stage == "all" and found["iter"] < args.stop_iters and ranking.exists():
-            raise UserError(f"{ranking} is there, but stage 1 is not finished: remove the folder")
-    split_flags = {"ratio": str(args.ratio), "normalize_entropy": str(args.normalize_entropy)}
-    settings_3 = {**settings, **split_flags}
-    if args.stage == "2":  # easy.txt and hard.txt must stay those of the stage 3 beside them
-        common.earlier_run(args.out / "stage3", split_flags)
-    elif "3" in stages:
-        common.earlier_run(args.out / "stage3", settings_3)
+        raise UserError("--normalize-entropy counts rare classes of Cityscapes. Leave it out.")
+    if args.stage != "1" and easy_count(args.ratio, len(images)) == 0:
+        raise UserError(f"--ratio {args.ratio} of {len(images)} images leaves none easy. Raise it.")
+    validation = None
+    if args.stage != "2":
+        validation = common.validation_set(args.target, target_root, classes, args.target_size)
 
+    stages = "123" if args.stage == "all" else args.stage
     runs = {}
     if "1" in stages:
+        stage_1(args, settings, images, classes, validation, device)
         runs["stage 1"] = args.out / "stage1"
-        target = common.Images(aligned, args.target_size, seed=args.seed + 1)
-        train(args, settings_1, runs["stage 1"], source, target, validation, initial, device)
     if "2" in stages:
-        rank_target(args, checkpoint, images, device)
-    if "2" in stages or "3" in stages:
-        ranked_with = checkpoint if "2" in stages else None
-        rows = read_ranking(ranking, ranked_with, images, C, args.target_size)
-        easy, hard = split(rows, args.ratio, args.normalize_entropy)
-    if "2" in stages:
-        if common.rank() == 0:  # for people: stage 3 computes the split
-            common.write_text(ranking / "easy.txt", "".join(f"{name}\n" for name in easy))
-            common.write_text(ranking / "hard.txt", "".join(f"{name}\n" for name in hard))
-        print(f"stage 2: {len(easy)} easy and {len(hard)} hard images, {ranking / 'ranking.csv'}")
+        stage_2(args, images, classes, device)
     if "3" in stages:
-        labels = ranking / "labels"
-        easy_set = common.Labelled(
-            {name: (images[name], labels / f"{name}.png") for name in easy},
-            "folder", C, args.target_size, pseudo=True, seed=args.seed,
-        )  # fmt: skip
-        hard_images = {name: images[name] for name in hard} if aligned else {}
-        hard_set = common.Images(hard_images, args.target_size, seed=args.seed + 1)
-        ranked = [ranking / "ranking.csv", ranking / "ranking.json"]
-        settings_3["ranking"] = common.content_digest(ranked)
+        stage_3(args, settings, images, classes, validation, device)
         runs["stage 3"] = args.out / "stage3"
-        train(args, settings_3, runs["stage 3"], easy_set, hard_set, validation, initial, device)
     if runs and validation and common.rank() == 0:
-        common.report(args.out, runs, validation, device, pixel_entropy)
+        common.print_results(args.out, runs, validation, device)
 
 
 if __name__ == "__main__":

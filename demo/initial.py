@@ -5,8 +5,8 @@ about fifteen minutes on two cores. Typed on another machine it gives the same s
 tenths of a point, not the same numbers: differences of rounding grow over thousands of iterations.
 Weights are stored in half precision.
 
-    python demo/initial.py                        writes demo/initial.pth
-    python demo/initial.py OUT --threads 1        elsewhere, on one core
+    python demo/initial.py demo/initial.pth       overwrites the tracked file
+    python demo/initial.py OUT --threads 1        writes elsewhere, on one core
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 if __name__ == "__main__":  # as a script, Python looks for common.py in demo/ and not above it
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -69,7 +70,9 @@ def train(images, labels):
     network.train()
     # The heads have factor 1: from random weights the trunk needs the high rate as much as they do.
     groups = network.parameter_groups("released", 1.0)
-    optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+    for group in groups:
+        group["weight_decay"] = 5e-4  # with the released decay the file would be another one
+    optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9)
     start = time.perf_counter()
     for it in range(ITERATIONS):
         ramp = min(1, (it + 1) / RAMP)
@@ -91,8 +94,12 @@ def train(images, labels):
 def score(network):
     """mIoU in percent on 100 more source scenes, of a seed of their own."""
     images, labels = draw(SEED + 1, 100)
-    predictions = common.predict(network.eval(), images, SIZE)
-    return common.scores(common.confusion_matrix(labels, predictions, 19))["miou19"]
+    network.eval()
+    confusion = torch.zeros(19, 19, dtype=torch.int64)
+    for image, label in zip(images, labels):
+        prediction = common.predict(network, Image.fromarray(image.permute(1, 2, 0).numpy()), SIZE)
+        confusion += common.confusion_matrix(label, prediction, 19)
+    return common.scores(confusion, common.CLASSES)["miou19"]
 
 
 def save(path, network, minutes):
@@ -102,7 +109,7 @@ def save(path, network, minutes):
         weights[name] = tensor.half() if tensor.is_floating_point() else tensor
     header = {
         "format": common.FORMAT,
-        "command": "python demo/initial.py",
+        "command": f"python demo/initial.py {path}",
         "trained_on": f"{SCENES} drawn source scenes, seed {SEED}, {ITERATIONS} iterations",
         "minutes": minutes,
         "miou_source_scenes": score(network),
@@ -115,8 +122,7 @@ def save(path, network, minutes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    beside = Path(__file__).with_name("initial.pth")
-    parser.add_argument("out", nargs="?", type=Path, default=beside, help="file to write")
+    parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # as a script, Python looks for common.py in demo/ a
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from common import CITYSCAPES_IDS, IGNORE, PALETTE, SYNTHIA_IDS
+from common import CITYSCAPES_IDS, COLOURS, IGNORE, SYNTHIA_IDS
 
 # ---------------------------------------------------------------- 1 constants
 
@@ -609,7 +609,7 @@ def write_label(path, label, tree):
     ids = Image.fromarray(TO_CITYSCAPES[label])
     if tree == "GTA5":  # the pixel stays the label id, as the index of a colour
         colours = np.zeros((256, 3), np.uint8)
-        colours[TO_CITYSCAPES[:19]] = PALETTE
+        colours[TO_CITYSCAPES[:19]] = COLOURS
         ids.putpalette(colours.tobytes())
     ids.save(path, compress_level=3)
 
@@ -630,7 +630,7 @@ def file_names(tree, index):
 
 
 def write_tree(root, tree, number, count, size, seed):
-    """Draw `count` scenes of one tree below root; lists the target's in easy.txt and hard.txt."""
+    """Draw `count` scenes of one tree below root; list the target's in <tree>_easy.txt, _hard."""
     domain = "target" if tree in CITIES else "source"
     shuffled = np.random.default_rng((seed, number)).permutation(count)
     hard = shuffled[: round(HARD["share"] * count)]  # draw_scene heeds it in the target alone
@@ -643,8 +643,8 @@ def write_tree(root, tree, number, count, size, seed):
         Image.fromarray(image).save(root / image_name, compress_level=3)
         write_label(root / label_name, label, tree)
         if tree in CITIES:
-            part = "hard.txt" if index in hard else "easy.txt"
-            with open(root / part, "a") as file:
+            part = "hard" if index in hard else "easy"
+            with open(root / f"{tree}_{part}.txt", "a") as file:
                 file.write(Path(image_name).stem.removesuffix("_leftImg8bit") + "\n")
 
 
@@ -652,8 +652,9 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
                  num_target=400, num_val=100, synthia=False, synscapes=False):  # fmt: skip
     """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes below root.
 
-    Sizes are (W, H). An image depends on (seed, tree, index) alone. hard.txt and easy.txt list the
-    target images as <city>_<seq>_<frame>; training never reads them. root must not exist
+    Sizes are (W, H). An image depends on (seed, tree, index) alone. train_easy.txt, train_hard.txt,
+    val_easy.txt and val_hard.txt list the target images as <city>_<seq>_<frame>; training never
+    reads them. root must not exist
     (FileExistsError). It appears when it is complete; an error or Ctrl-C leaves nothing behind.
     """
     root = Path(root)
@@ -672,8 +673,6 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
     with tempfile.TemporaryDirectory(".partial", prefix, root.parent) as own:
         partial = Path(own, root.name)
         partial.mkdir()
-        for part in ("easy.txt", "hard.txt"):
-            (partial / part).touch()
         for number, (tree, wanted, count, size) in enumerate(trees):
             if wanted:
                 write_tree(partial, tree, number, count, size, seed)
@@ -703,7 +702,7 @@ def demo_scenes(source: str) -> Path:
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    size = common.size
+    size = common.WxH
     parser.add_argument("root", type=Path, help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="other seeds draw other scenes")
     parser.add_argument("--source-size", type=size, default=(256, 128), help="WxH (256x128)")
