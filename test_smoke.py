@@ -1,6 +1,6 @@
 """Tests: formulas against plain loops, files made by hand, every script from end to end.
 
-    python -m pytest -q test_smoke.py        about 90 seconds on 2 CPU cores; no network needed
+    python -m pytest -q test_smoke.py        about 75 seconds on 2 CPU cores; no network needed
 
 Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · network · weight files ·
           labels and images · dataset layouts · readers · the training loops · IntraDA's stages ·
@@ -8,7 +8,6 @@ Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · netwo
           eval.py · tools · demo and house
 """
 
-import collections
 import contextlib
 import copy
 import csv
@@ -81,12 +80,6 @@ def words(flags):
     for flag in flags:
         found += flag.split() if isinstance(flag, str) else [str(flag)]
     return found
-
-
-def process(*command):
-    """A Python command in a process of its own, as a user starts it."""
-    command = [sys.executable, *words(command)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def call(module, *flags):
@@ -193,39 +186,35 @@ def assert_same_run(found, whole):
     """Two output folders have the same files to the last bit. Logs may differ in times, and in how
     often the run was started."""
     assert files_of(found) == files_of(whole)
-    timed = ("seconds", "data_seconds", "it_per_s", "peak_memory_mb")
     for name in files_of(whole):
-        contents = []
-        for path in (Path(found, name), Path(whole, name)):
-            if path.suffix == ".pth":
-                content = last(path.parent, path.name)
-            elif path.name == "log.jsonl":
-                lines = records(path.parent) + records(path.parent, "evaluation")
-                content = [{k: v for k, v in line.items() if k not in timed} for line in lines]
-            else:
-                content = path.read_bytes()
-            contents.append(content)
-        assert same(*contents), name
+        a, b = Path(found, name), Path(whole, name)
+        if a.suffix == ".pth":
+            assert same(last(a.parent, a.name), last(b.parent, b.name)), name
+        elif a.name == "log.jsonl":
+            scores = [[r["iou"] for r in records(p.parent, "evaluation")] for p in (a, b)]
+            assert terms(a.parent) == terms(b.parent) and scores[0] == scores[1], name
+        else:
+            assert a.read_bytes() == b.read_bytes(), name
 
 
 def draw(path, value=None, size=(8, 6)):
-    """An image file: coloured noise, or grey of one value everywhere."""
+    """An image file: coloured noise, or grey of these values in turn."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     if value is not None:
-        pixels = np.full((size[1], size[0]), value, np.uint8)
+        pixels = np.resize(np.array(value, np.uint8), (size[1], size[0]))
     Image.fromarray(pixels).save(path)
     return path
 
 
-def stripes(path, ids, size=(64, 64)):
-    """A label file whose columns have these ids in turn."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = np.resize(np.array(ids, np.uint8), size[0])
-    Image.fromarray(np.tile(columns, (size[1], 1))).save(path)
-    return path
+def plain_folder(root, split="", ids=(0, 1, 2, 255)):
+    """Three images with labels of these ids, of three classes, whose names are returned."""
+    for name in "012":
+        draw(Path(root, "images", split, f"{name}.png"), size=(64, 64))
+        draw(Path(root, "labels", split, f"{name}.png"), ids, (64, 64))
+    Path(root, "classes.txt").write_text("cat\ndog\nhen\n")
+    return "cat", "dog", "hen"
 
 
 def read(path):
@@ -342,9 +331,8 @@ def test_entropy_and_segmentation_loss():
 @pytest.mark.parametrize("column", ["entropy", "normalized_entropy"])
 def test_split_for_every_ratio(column):
     values = np.random.default_rng(0).integers(0, 1500, (2975, 2)).tolist()  # with ties
-    rows = []
-    for i, (entropy, normalized) in enumerate(values):
-        rows.append({"name": f"{i:04d}", "entropy": entropy, "normalized_entropy": normalized})
+    keys = ("name", "entropy", "normalized_entropy")
+    rows = [dict(zip(keys, (f"{i:04d}", *pair))) for i, pair in enumerate(values)]
     order = [r["name"] for r in sorted(rows, key=lambda r: (r[column], r["name"]))]
     assert intrada.easy_count(0.29, 100) == 29  # as a float, 28.999...
     for hundredths in range(1, 101):
@@ -493,22 +481,18 @@ def test_dynamic_labels(tau):
     assert (bcl.dynamic_labels(features, none, tau) == 255).all()
 
 
-def test_top_bins():
+def test_confidence_bins_and_top_bins():
     """The highest bin above which the share lies, found by trying all of them."""
+    confidence = torch.tensor([0.0, 0.3, 0.9, 0.99998, 0.99999, 1.0])
+    bins = bcl.confidence_bins(confidence)
+    assert (bins.diff() > 0).all() and bins[0] == 0 and bins[-1] == bcl.BINS - 1
+    assert (bcl.bin_confidence(bins) <= confidence).all()
+    assert (confidence[:-1] < bcl.bin_confidence(bins + 1)[:-1]).all()
     rows = torch.tensor([[3, 0, 2, 5], [0, 0, 0, 0], [1, 0, 0, 0], [0, 7, 0, 1]])
     for ratio in (0, 0.1, 0.5, 0.6, 0.7, 0.71, 1):
         for row, found in zip(rows.tolist(), bcl.top_bins(rows, ratio).tolist()):
             fits = [b for b in range(4) if sum(row[b:]) >= ratio * sum(row)]
             assert found == (max(fits) if sum(row) and ratio else bcl.BINS)
-    assert bcl.top_bins(rows, 0.6)[0] == 2  # the docstring's example
-
-
-def test_confidence_bins_tell_high_confidences_apart():
-    confidence = torch.tensor([0.0, 0.3, 0.9, 0.99998, 0.99999, 1.0])
-    bins = bcl.confidence_bins(confidence)
-    assert (bins.diff() > 0).all() and bins[0] == 0 and bins[-1] == bcl.BINS - 1
-    lower, upper = bcl.bin_confidence(bins), bcl.bin_confidence(bins + 1)
-    assert (lower <= confidence).all() and (confidence[:-1] < upper[:-1]).all()
 
 
 def test_map_positions_stand_for_pixels_at_their_centres():
@@ -519,8 +503,7 @@ def test_map_positions_stand_for_pixels_at_their_centres():
     columns = torch.arange(1068)[None, None]  # position 30 of 133 lies midway between two pixels
     wanted = [round(i * 1067 / 132) for i in range(133)]
     assert common.pick(columns, 1, 133).tolist() == [[wanted]]
-    assert common.pick(labels, 1, 1).tolist() == labels[:, :1, :1].tolist()
-    for side, more in product(range(32, 1101), (0, 1, 2)):  # what is enlarged is picked again
+    for side, more in product(range(32, 1101, 3), (0, 1, 2)):  # what is enlarged is picked again
         labels = torch.arange(side // 8 + more)[None, :, None]
         assert torch.equal(common.pick(bcl.enlarge(labels, side, 1), side // 8 + more, 1), labels)
 
@@ -559,9 +542,6 @@ def test_normalize():
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(common.normalize(images.float()), found)
-    for wrong in (images[0], images[:, :2]):
-        with pytest.raises(ValueError, match="normalize"):
-            common.normalize(wrong)
 
 
 def test_discriminator():
@@ -570,7 +550,6 @@ def test_discriminator():
     for i, conv in enumerate(steps[::2]):
         assert (conv.in_channels, conv.out_channels) == channels[i : i + 2]
         assert (conv.kernel_size, conv.stride, conv.padding) == ((4, 4), (2, 2), (1, 1))
-        assert conv.bias is not None
     assert len(steps) == 9 and [leak.negative_slope for leak in steps[1::2]] == [0.2] * 4
 
 
@@ -612,8 +591,8 @@ def test_parameter_groups_list_each_parameter_once():
     assert [len(group["params"]) for group in groups] == [1, 99, 4, 16]  # no BatchNorm: frozen
     for group, n in zip(groups, (1, 3, 4)):
         assert {listed.count(id(p)) for p in group["params"]} == {n}
-        assert (group["lr_factor"], group["weight_decay"]) == (n, 5e-4 * (n + 1) / 2)
-    assert (groups[3]["lr_factor"], groups[3]["weight_decay"]) == (10, 5e-4)
+    numbers = [(group["lr_factor"], group["weight_decay"]) for group in groups]
+    assert numbers == [(1, 5e-4), (3, 1e-3), (4, 1.25e-3), (10, 5e-4)]
     paper = [(g["lr_factor"], g["weight_decay"]) for g in net.parameter_groups("paper", 9)]
     assert paper == [(1, 5e-4), (1, 5e-4), (1, 5e-4), (9, 5e-4)]
 
@@ -646,38 +625,23 @@ def test_released_recipe_follows_the_old_optimizer(drift, noise):
 
 
 def test_checkpointed_activations_change_memory_alone():
-    net = common.DeepLabV2(19, (2, 1, 1, 1), 4)
     image = 50 * torch.randn(1, 3, 128, 128)
+    plain = common.DeepLabV2(19, (2, 1, 1, 1), 4)
+    less = copy.deepcopy(plain)
+    less.checkpoint_activations = True
+    initial = copy.deepcopy(plain.state_dict())
     memory = []
-    states = []
-    for switch in (False, True):
-        one = copy.deepcopy(net)
-        one.checkpoint_activations = switch
+    for net in (plain, less):
         kept = []
-        pack = lambda tensor: kept.append(tensor.numel()) or tensor  # noqa: B023, E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            prediction = one(image)
+        hooks = (lambda tensor: [kept.append(tensor.numel()), tensor], lambda pair: pair[1])
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            prediction = net(image)
         memory.append(sum(kept))  # before the backward pass, which computes parts again
         (prediction.main.square().mean() + prediction.aux.square().mean()).backward()
-        gradients = {name: p.grad for name, p in one.named_parameters() if p.requires_grad}
-        states.append((one.state_dict(), gradients))
-    assert memory[1] < 0.6 * memory[0] and same(*states)
-    assert not same(states[0][0], net.state_dict())  # the statistics moved, once
-
-
-def test_predict():
-    net = noisy_network()
-    net.input_size = (96, 48)
-    image = Image.open(draw("image.png", size=(160, 40)))
-    label = common.predict(net, image)
-    # the network sees it with its own aspect and the area of 96x48
-    expected = plain_logits(net, "image.png", (136, 34), (160, 40)).argmax(0)
-    assert label.shape == (40, 160) and label.dtype == torch.uint8
-    assert (label != expected).double().mean() < 0.001  # rounding, at ties
-    assert torch.equal(common.predict(net, image.convert("RGBA")), label)
-    assert not torch.equal(common.predict(net, image, (64, 64)), label)
-    with pytest.raises(ValueError, match="eval mode"):
-        common.predict(net.train(), image)
+    assert memory[1] < 0.6 * memory[0] and same(plain.state_dict(), less.state_dict())
+    assert not same(initial, plain.state_dict())  # the statistics moved, once
+    for a, b in zip(plain.parameters(), less.parameters()):
+        assert same(a.grad, b.grad)
 
 
 # ====================================================================== weight files
@@ -693,11 +657,10 @@ PUBLISHED = {  # kind of file: how names of ours begin there; None: it has no su
     "trunk": {"layer5.": None, "layer6.": None},
 }  # fmt: skip
 UNUSED = {  # what else is in such a file: the source's stem and layer1, other heads
-    "bcl": {"conv1.weight": (4, 3, 7, 7), "layer1.0.conv1.weight": (4, 4, 1, 1),
-            "layer6.conv2d_list.0.weight": (19, 128, 3, 3)},
-    "scale": {"Scale.layer5.conv2d_list.0.weight": (21, 128, 3, 3)},
-    "torchvision": {"fc.weight": (1000, 128), "fc.bias": (1000,)},
-}  # fmt: skip
+    "bcl": ("conv1.weight", "layer1.0.conv1.weight", "layer6.conv2d_list.0.weight"),
+    "scale": ("Scale.layer5.conv2d_list.0.weight",),
+    "torchvision": ("fc.weight", "fc.bias"),
+}
 
 
 def file_name(kind, name):
@@ -711,7 +674,7 @@ def published(kind):
     """What a published file holds: its names, random values, the size of the tests' network."""
     state = {file_name(kind, name): v for name, v in noisy_network().state_dict().items()}
     state.pop(None, None)
-    state.update({name: torch.rand(shape) for name, shape in UNUSED.get(kind, {}).items()})
+    state.update({name: torch.rand(4, 4) for name in UNUSED.get(kind, ())})
     return state
 
 
@@ -720,13 +683,12 @@ def prefixed(prefix, state):
 
 
 WRAPS = {
-    "two prefixes": lambda state: {"model": prefixed("_orig_mod.module.", state), "iter": 3},
-    "two containers": lambda state: {"ema_model": {"state_dict": state}, "epoch": 3},
-    "both": lambda state: {"net": {"model_state_dict": prefixed("model.", state)}, "args": None},
-    "any name": lambda state: prefixed("a.b.", state),
+    "containers and prefixes": lambda state: {
+        "ema": {"state_dict": prefixed("_orig_mod.module.", state)}, "epoch": 3,
+    },
     "more tensors": lambda state: {"model": state, "a": {"b": torch.ones(2)}, "c": torch.ones(1)},
     "counters": lambda state: {**state, "bn1.num_batches_tracked": torch.tensor(7)},
-}
+}  # fmt: skip
 WEIGHT_FILES = [(kind, None) for kind in PUBLISHED] + [("advent", wrap) for wrap in WRAPS]
 
 
@@ -742,14 +704,12 @@ def test_published_weights(kind, wrap):
     for name, value in net.state_dict().items():
         expected = initial[name] if sources[name] is None else state[sources[name]]
         if (kind, name) == ("torchvision", "conv1.weight"):  # RGB over std, in 0..1
-            std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
-            value = value.flip(1) * std * 255
-        assert torch.allclose(value, expected, rtol=1e-5, atol=0), name
+            value = value.flip(1) * torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1) * 255
+        assert_close(value, expected, rtol=1e-5, atol=0, msg=name)
     assert set(report.initialised) == {name for name in sources if sources[name] is None}
     beside = {"a.b", "c"} if wrap == "more tensors" else set()
     assert set(report.skipped) == state.keys() - set(sources.values()) | beside
     assert f"loaded {len(report.loaded)} tensors" in str(report)
-    assert (f"not used {len(report.skipped)} (" in str(report)) == bool(report.skipped)
     if kind in ("scale", "torchvision", "trunk"):
         refused("no trained classifier", common.load, "weights.bin")
     else:  # the architecture can be read off trained weights
@@ -757,7 +717,6 @@ def test_published_weights(kind, wrap):
         assert (loaded.num_classes, loaded.layers, loaded.width) == (19, (1, 1, 1, 1), 4)
         assert (loaded.layer5 is not None) == (kind == "advent") and not loaded.training
         assert loaded.input_size == ((1460, 730) if kind == "bcl" else (1024, 512))
-        assert torch.equal(loaded.layer6.conv2d_list[0].weight, net.layer6.conv2d_list[0].weight)
 
 
 def test_initial_weights_of_another_class_count_keep_their_trunk():
@@ -777,46 +736,34 @@ class Malicious:
 
 
 STEM = torch.ones(4, 3, 7, 7)
-BAD_WEIGHTS = {  # a fine content to one that is refused; what the sentence says
-    "two networks": (lambda fine: {"state_dict": fine, "ema": fine}, "state_dict and ema"),
-    "no network": (lambda fine: {"encoder.a": STEM, "epoch": 3}, "encoder.a, epoch"),
-    "a tensor": (lambda fine: STEM, "a Tensor, not a dict"),
-    "code": (lambda fine: {"state_dict": Malicious()}, "cannot be read as weights"),
-    "NaN": (lambda fine: {**fine, "conv1.weight": STEM * math.nan}, "conv1.weight has NaN"),
-    "another width": (lambda fine: {**fine, "bn1.bias": torch.ones(8)}, "bn1.bias is .8,.*--width"),
-    "another depth": (lambda fine: {**fine, "layer2.1.conv1.weight": STEM}, "layer2.1.*--layers"),
-    "a head without a part": (
-        lambda fine: {k: v for k, v in fine.items() if k != "layer6.conv2d_list.1.bias"},
-        "layer6.conv2d_list.1.bias is missing in the file",
-    ),
-}
+BAD_WEIGHTS = [  # a fine content to one that is refused; what the sentence says
+    (lambda fine: {"state_dict": fine, "ema": fine}, "state_dict and ema"),
+    (lambda fine: {"encoder.a": STEM, "epoch": 3}, "encoder.a, epoch"),
+    (lambda fine: {"state_dict": Malicious()}, "cannot be read as weights"),
+    (lambda fine: {**fine, "conv1.weight": STEM * math.nan}, "conv1.weight has NaN"),
+    (lambda fine: {**fine, "bn1.bias": torch.ones(8)}, "bn1.bias is .8,.*--width"),
+    (lambda fine: {**fine, "layer2.1.conv1.weight": STEM}, "layer2.1.*--layers"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_bad_weights_are_refused(case):
-    change, sentence = BAD_WEIGHTS[case]
-    torch.save(change(published("advent")), "bad.pth")
-    net = common.DeepLabV2(19, **NETWORK)
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(UserError, match=f"bad.pth.*{sentence}"):
-        common.load_weights(net, common.read_checkpoint("bad.pth"), "bad.pth")
-    assert same(net.state_dict(), before) and not Path("executed").exists()
-    if case == "code":
-        torch.load("bad.pth", weights_only=False)
-        assert Path("executed").exists()  # the trap was armed
-
-
-def test_damaged_and_missing_weight_files_are_refused():
-    torch.save({**published("advent"), "conv1.weight": STEM}, "fine.pth")
-    fine = Path("fine.pth").read_bytes()
+def test_bad_and_damaged_weight_files_are_refused():
+    fine = {**published("advent"), "conv1.weight": STEM}
+    for change, sentence in BAD_WEIGHTS:
+        torch.save(change(fine), "bad.pth")
+        net = common.DeepLabV2(19, **NETWORK)
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(UserError, match=f"bad.pth.*{sentence}"):
+            common.load_weights(net, common.read_checkpoint("bad.pth"), "bad.pth")
+        assert same(net.state_dict(), before) and not Path("executed").exists()
+    torch.save(fine, "fine.pth")
+    content = Path("fine.pth").read_bytes()
     ones = b"\x00\x00\x80\x3f" * 9
-    flipped = fine.replace(ones, ones[:-1] + b"\x3e", 1)  # torch's own reader sees nothing
-    assert flipped != fine
-    for content in (fine[:30_000], b"404: not found\n", flipped):
-        Path("bad.pth").write_bytes(content)
+    flipped = content.replace(ones, ones[:-1] + b"\x3e", 1)  # torch's own reader sees nothing
+    assert flipped != content
+    for damaged in (content[:30_000], b"404: not found\n", flipped):
+        Path("bad.pth").write_bytes(damaged)
         refused("bad.pth cannot be read as weights", common.read_checkpoint, "bad.pth")
     refused("no weight file at nowhere.pth", common.read_checkpoint, "nowhere.pth")
-    refused("no weight file at scenes", common.read_checkpoint, "scenes")
     weights = torchvision.models.ResNet101_Weights
     with mock.patch.object(weights, "get_state_dict", side_effect=OSError("no network")):
         refused("no network.*resnet101-63fe2227.pth", common.initial_weights, "imagenet")
@@ -870,13 +817,6 @@ def test_label_encodings(write, colour_type, bits, kind, table):
     assert found.dtype == np.uint8 and found.tolist() == expected
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_grey_labels_of_fewer_bits_are_refused(bits):
-    """Pillow stretches them to 0..255."""
-    grey_png("grey.png", np.ones((6, 8), np.uint8), bits)
-    refused(f"grey.png has .* {bits} bits. Convert to 8", common.read_label, "grey.png", "gta5", 19)
-
-
 def test_files_that_are_no_labels_are_refused():
     draw("colours.png")
     draw("photo.jpg", 7)
@@ -886,13 +826,16 @@ def test_files_that_are_no_labels_are_refused():
         refused(name, common.read_label, name, "gta5", 19)
     refused("colours.png.*16 bits", common.read_label, "colours.png", "synthia", 19)
     refused("outside 0..33", common.read_label, draw("foreign.png", 200), "cityscapes", 19)
+    for bits in (1, 2, 4):  # Pillow stretches them to 0..255
+        grey_png("grey.png", np.ones((6, 8), np.uint8), bits)
+        refused(f"grey.png has .* {bits} bits", common.read_label, "grey.png", "gta5", 19)
     pixels = np.zeros((40, 50), np.uint8)
     pixels[0, :2] = 40  # of 2,000 pixels: in a plain folder one in a thousand may be foreign
     grey_png("stray.png", pixels)
     assert (np.asarray(common.read_label("stray.png", "folder", 19)) == 255).sum() == 2
     pixels[0, 2] = 40
     grey_png("stray.png", pixels)
-    refused("stray.png.*outside 0..18 .mostly 40", common.read_label, "stray.png", "folder", 19)
+    refused("outside 0..18 .mostly 40", common.read_label, "stray.png", "folder", 19)
 
 
 def test_photos_are_turned_and_labels_have_their_shape():
@@ -939,7 +882,7 @@ def test_dataset_layouts(kind, folder, image, label, name, tmp_path):
 
     def write_pair(image, label):
         draw(root / image)
-        stripes(root / label, ids, (8, 6))
+        draw(root / label, ids)
         if kind == "synthia":
             demo.write_png16(root / label, np.resize([8, 0, 0, 3, 0, 0], (6, 8, 3)))
 
@@ -962,44 +905,26 @@ def test_dataset_layouts(kind, folder, image, label, name, tmp_path):
         assert dataset[0]["label"].tolist() == [[13, 0] * 4] * 6  # at its own size
 
 
-def test_names_in_order_and_links_are_followed(tmp_path):
-    fine = [*sorted(("a\u00a0b", "a,b;'\"c", "²")), "9", "10", "more/2", "more/10"]
+def test_files_and_folders_in_order_behind_links_missing_or_twice(tmp_path):
+    fine = ["a,b", "²", "9", "10", "more/2", "more/10"]  # numbers in their order
     for name in fine:
         draw(f"images/{name}.png".replace("more", "elsewhere"))
         draw(f"labels/{name}.png", 2)
     Path("images/elsewhere").rename("elsewhere")
     Path("images/more").symlink_to("../elsewhere")
-    assert list(common.list_pairs("folder", tmp_path)) == fine  # numbers in their order
-
-
-def test_files_and_folders_that_are_missing_or_twice(tmp_path):
-    for name in "abc":
-        draw(f"images/{name}.png")
-        draw(f"labels/{name}.png", 2)
+    assert list(common.list_pairs("folder", tmp_path)) == fine
     draw("images/d.png")
-    refused("4 images but 3 labels.*first: d", common.list_pairs, "folder", tmp_path)
-    draw("images/a.jpg")
-    refused("a.jpg and .*a.png have the same name", common.list_images, "folder", tmp_path)
+    refused("7 images but 6 labels.*first: d", common.list_pairs, "folder", tmp_path)
+    draw("images/9.jpg")
+    refused("9.jpg and .*9.png have the same name", common.list_images, "folder", tmp_path)
     shutil.rmtree("images")
     Path("images").mkdir()
     refused(r"no file .*\.tif.*webp", common.list_images, "folder", tmp_path)  # what is read
     refused("nowhere", common.dataset_root, "folder", None, tmp_path / "nowhere")
     refused("no gta5 folder in", common.dataset_root, "gta5", tmp_path)
-    refused("leftImg8bit/train", common.list_images, "cityscapes", tmp_path)
     Path("GTA5").mkdir()
     Path("gta").mkdir()
     refused("are both gta5", common.dataset_root, "gta5", tmp_path)
-
-
-def test_class_names_of_a_plain_folder(tmp_path):
-    Path("classes.txt").write_text("cat\n\n dog\n", encoding="utf-8-sig")
-    assert common.dataset_classes("folder", tmp_path, 2) == ("cat", "dog")
-    common.check_classes("folder", tmp_path, ("cat", "dog"))
-    refused("different classes", common.check_classes, "folder", tmp_path, ("cat", "hen"))
-    refused("2 different names in 2 lines", common.dataset_classes, "folder", tmp_path, 3)
-    Path("classes.txt").write_text("a\na\nb")
-    refused("2 different names in 3 lines", common.dataset_classes, "folder", tmp_path, 3)
-    assert common.dataset_classes("gta5", tmp_path, 19) == CLASSES
 
 
 def test_lists_of_names_in_every_form():
@@ -1011,40 +936,23 @@ def test_lists_of_names_in_every_form():
     for form in forms:
         Path("list.txt").write_text(f"\ufeff{form}  \r\n\n", encoding="utf-8")
         assert common.keep_listed(pairs, "list.txt") == {name: pairs[name]}, form
-    images = common.list_images("cityscapes", "scenes/Cityscapes", "val")
-    Path("list.txt").write_text("\n".join(reversed(images)))
-    assert list(common.keep_listed(images, "list.txt")) == list(images)  # in the set's order
-    assert common.keep_listed(images, None) == images
+    Path("list.txt").write_text("\n".join(reversed(pairs)))
+    assert list(common.keep_listed(pairs, "list.txt")) == list(pairs)  # in the set's order
     Path("list.txt").write_text(f"{name}\nstranger\n")
     refused("list.txt: 1 of 2 names found.*stranger", common.keep_listed, pairs, "list.txt")
-    Path("list.txt").write_text("\n")
-    refused("list.txt names no image", common.keep_listed, pairs, "list.txt")
 
 
-# ====================================================================== a look at a few files
+def test_a_look_at_the_classes_of_a_few_labels(capsys):
+    def look(ids):
+        plain_folder("own", ids=ids)
+        common.Labelled(common.list_pairs("folder", "own"), "folder", CLASSES[:3]).check_samples()
+        return capsys.readouterr().out
 
-
-def labelled_folder(ids, classes=tuple("abcde")):
-    """Three images with labels of these ids, as a plain folder."""
-    for name in "012":
-        draw(f"own/images/{name}.png")
-        stripes(f"own/labels/{name}.png", ids)
-        draw(f"own/images/{name}.png", size=(64, 64))
-    return common.Labelled(common.list_pairs("folder", "own"), "folder", classes)
-
-
-def test_masks_of_0_and_255_are_refused():
-    """255 is "ignore": one class is left, and every network would score 100 %."""
-    masks = labelled_folder((0, 255), ("road", "rest"))
-    refused("only class 0 and 255 .ignored. occur", masks.check_samples)
-    refused("only class 3 occurs", labelled_folder((3,)).check_samples)
-
-
-def test_classes_that_do_not_occur_are_printed(capsys):
-    labelled_folder((0, 2, 255, 3)).check_samples()
-    assert "in 3 labels no pixel has class b, e\n" in capsys.readouterr().out
-    labelled_folder((0, 1, 2, 3, 4)).check_samples()
-    assert "no pixel" not in capsys.readouterr().out
+    assert "in 3 labels no pixel has class sidewalk\n" in look((0, 2, 255))
+    assert "no pixel" not in look((0, 1, 2))
+    # 255 is "ignore": one class is left, and every network would score 100 %
+    refused("only class 0 and 255 .ignored. occur", look, (0, 255))
+    refused("only class 2 occurs", look, 2)
 
 
 # ====================================================================== readers
@@ -1054,14 +962,10 @@ def test_order_is_a_permutation_in_every_epoch_and_starts_anywhere():
     order = list(common.endless_order(7, 3, 0, 14, 2))
     assert [position for position, _ in order] == list(range(28))
     epochs = [[index for _, index in order[i : i + 7]] for i in range(0, 28, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
     assert list(common.endless_order(7, 3, 5, 14, 2)) == order[10:]
-    parts = []
-    for rank in (0, 1):
-        with mock.patch.multiple(common, rank=lambda: rank, world_size=lambda: 2):  # noqa: B023
-            parts.append(list(common.endless_order(7, 3, 0, 14, 1)))
-    assert list(itertools.chain(*zip(*parts))) == order  # two processes share a batch
+    with mock.patch.multiple(common, rank=lambda: 1, world_size=lambda: 2):
+        assert list(common.endless_order(7, 3, 0, 14, 1)) == order[1::2]  # half of each batch
 
 
 def test_items_are_arrays_that_need_no_shared_memory():
@@ -1089,22 +993,6 @@ def test_a_killed_reader_ends_the_run_in_a_sentence():
     with mock.patch.object(common.Labelled, "open", dying):
         refuses("a process that reads images ended", intrada, INTRADA, "--stage 1 --workers 2")
     assert time.monotonic() - begin < 60
-
-
-def test_a_reading_process_passes_its_sentence_on(broken):
-    """A file that the first look does not open, met by a reader in the middle of training."""
-    damage_unseen(broken)
-    flags = "--data-root broken --stage 1 --stop-iters 6 --workers 2"
-    refuses("error: cannot read broken/Cityscapes/leftImg8bit", intrada, INTRADA, flags)
-
-
-def damage_unseen(broken):
-    """Cut the target images that the look at a few files leaves out. Returns their paths."""
-    paths = sorted((broken / TRAIN).rglob("*.png"))
-    unseen = [paths[i] for i in range(10) if i not in common.evenly_spaced(10, 8)]
-    for path in unseen:
-        path.write_bytes(HALF)
-    return unseen
 
 
 HALF = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x40"
@@ -1312,14 +1200,12 @@ def test_intrada_files(trained):
         log = records(folder)
         scores = records(folder, "evaluation")
         assert [r["iter"] for r in log] == [1, 2, 3, 4] and [r["iter"] for r in scores] == [3, 4]
-        assert [len(values) for values in terms(folder)] == [6] * 4
         assert all(r["data_seconds"] > 0 and r["peak_memory_mb"] > 50 for r in log)
         best = max(scores, key=lambda r: r["miou19"])
         assert last(folder, "best.pth")["iter"] == best["iter"] and last(folder)["iter"] == 4
-        assert last(folder)["input_size"] == last(folder, "best.pth")["input_size"] == (64, 64)
-    start = records(trained(intrada) / "stage1", "start")[0]
-    assert start["settings"]["lr"] == "0.00025" and start["torch"] == torch.__version__
-    assert start["settings"] == last(trained(intrada) / "stage1")["settings"]
+        assert last(folder)["input_size"] == (64, 64)
+    start = records(folder, "start")[0]
+    assert start["settings"] == last(folder)["settings"] and start["torch"] == torch.__version__
 
 
 def test_ranking_and_pseudo_labels(trained):
@@ -1358,14 +1244,6 @@ def test_stage_3_gets_the_split_of_its_flags(trained):
     assert sorted(target.names) == sorted(names[3:])
 
 
-def test_the_split_is_part_of_a_run_and_ratio_1_is_self_training(trained):
-    shutil.copytree(trained(intrada), "run", ignore=shutil.ignore_patterns("stage3"))
-    succeed(intrada, INTRADA, "--stage 3 --ratio 1")
-    assert "10 labelled images, no target images" in records("run/stage3", "start")[0]["data"]
-    refuses("normalize_entropy", intrada, INTRADA, "--stage 3 --ratio 1 --normalize-entropy")
-    refuses("ratio is 1.0 there and 0.5 here", intrada, INTRADA, "--ratio 0.5")
-
-
 def test_stage_2_refuses_the_unfinished_stage_1_of_its_out():
     killed_at(common, "save", 3, intrada, INTRADA)
     assert last("run/stage1")["iter"] == 2
@@ -1375,7 +1253,6 @@ def test_stage_2_refuses_the_unfinished_stage_1_of_its_out():
     succeed(intrada, INTRADA, named)
     refuses("run/stage2 is older than stage 1", intrada, INTRADA)
     assert "already ranked" in succeed(intrada, INTRADA, named)
-    succeed(intrada, INTRADA, "--stage 3")
 
 
 def test_a_ranking_of_something_else_is_refused(trained):
@@ -1383,15 +1260,14 @@ def test_a_ranking_of_something_else_is_refused(trained):
     shutil.copytree(trained(intrada), "run", ignore=shutil.ignore_patterns("stage3"))
     names = list(common.list_images("cityscapes", "scenes/Cityscapes"))
     Path("nine.txt").write_text("\n".join(names[:9]))
+    shutil.copy(trained(intrada) / "stage3/last.pth", "other.pth")
     for stage in ("2", "3"):
         flags = f"{INTRADA} --stage {stage}"
         refuses("made with different images", intrada, flags, "--target-list nine.txt")
         refuses("different input size", intrada, flags, "--target-size 96x64")
-    other = trained(intrada) / "stage3/last.pth"
-    refuses("made with weights other than", intrada, INTRADA, "--stage 2 --ckpt", other)
-    shutil.copy(other, "run/stage1/last.pth")
+    refuses("made with weights other than", intrada, INTRADA, "--stage 2 --ckpt other.pth")
+    shutil.copy("other.pth", "run/stage1/last.pth")
     refuses("made with weights other than", intrada, INTRADA, "--stage 3")
-    assert not Path("run/stage3").exists()
     refuses("Run --stage 1 first", intrada, INTRADA, "--stage 2 --out new")
     refuses("Run --stage 2 first", intrada, INTRADA, "--stage 3 --out new")
 
@@ -1402,17 +1278,15 @@ def test_a_ranking_of_something_else_is_refused(trained):
 def test_bcl_files_and_log(trained):
     run = trained(bcl)
     assert files_of(run) >= {"warmup/last.pth", "best.pth", "last.pth", "panel.png"}
-    assert all(len([*run.glob(f"round{k}/labels/*/*.png")]) == 10 for k in (0, 1))
     assert [(r["iter"], r["round"]) for r in records(run)] == [(i + 1, i // 3) for i in range(6)]
     assert [len(values) for values in terms(run)] == [7] * 6
-    assert [r["lr"] for r in records(run / "warmup")] == approx([2.5e-4, 2.5e-4 * 0.5**0.9])
     for r in records(run):
         assert 0 < max(r["coverage_y_f"], r["coverage_y_d"]) <= r["coverage_y_t"] <= 1
-    found = [json.loads((run / f"round{k}/labels.json").read_text()) for k in (0, 1)]
     for k in (0, 1):
         labels = [read(path) for path in (run / f"round{k}/labels").rglob("*.png")]
-        assert found[k]["coverage"] == approx(100 * np.mean(np.stack(labels) != 255))
-        assert 10 <= found[k]["coverage"] < 50  # ratio 0.1
+        coverage = json.loads((run / f"round{k}/labels.json").read_text())["coverage"]
+        assert coverage == approx(100 * np.mean(np.stack(labels) != 255)) and len(labels) == 10
+        assert 10 <= coverage < 50  # ratio 0.1
 
 
 def test_static_labels_are_the_most_confident_pixels(trained):
@@ -1451,12 +1325,21 @@ def test_classes_that_the_source_lacks_get_no_label(source, coverage):
 # ====================================================================== resume
 
 
+KILLS = [
+    [(common, "save", count) for count in (1, 2, 3, 4, 5)],
+    [  # before a file gets its name, among the labels, before their folder appears, at scores
+        (os, "replace", 2), (common, "write_png", 4), (os, "rename", 1), (common, "evaluate", 1),
+        (common.Log, "evaluation", 1), (common, "write_panel", 1),
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("points", KILLS)
 @BOTH
-def test_killed_at_the_first_to_fifth_save(module, trained):
+def test_kill_9_again_and_again(module, points, trained):
     """One kill after the other in one folder: the same files as undisturbed, to the last bit."""
-    for count in (1, 2, 3, 4, 5):
-        flags = f"--save-every 1 --workers {count % 2 * 2}"
-        killed_at(common, "save", count, module, FLAGS[module], flags)
+    for i, point in enumerate(points):
+        killed_at(*point, module, FLAGS[module], f"--save-every 1 --workers {i % 4 // 3 * 2}")
     succeed(module, FLAGS[module])
     assert_same_run("run", trained(module))
 
@@ -1472,52 +1355,38 @@ def test_kill_9_leaves_no_reading_process_behind():
     assert ended  # the last of them is gone
 
 
-@BOTH
-def test_killed_while_files_are_written(module, trained):
-    """Before a file gets its name, among the labels, before their folder appears, before and after
-    an evaluation."""
-    points = [(os, "replace", 2), (common, "write_png", 4), (os, "rename", 1)]
-    points += [(common, "evaluate", 1), (common.Log, "evaluation", 1), (common, "write_panel", 1)]
-    for point in points:
-        killed_at(*point, module, FLAGS[module])
-    succeed(module, FLAGS[module])
-    assert_same_run("run", trained(module))
-
-
 def test_ctrl_c_in_a_terminal_and_the_lock():
     """It reaches the whole group, reading processes included. The folder is locked until then."""
     flags = f"{INTRADA} --stage 1 --max-iters 100000 --stop-iters 100000 --eval-every 0"
-    command = [sys.executable, HERE / "intrada.py", *flags.split(), "--workers", "2"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen(command, start_new_session=True, **pipes)
-    lines = iter(running.stdout.readline, "")
-    next(line for line in lines if line.startswith("stage1 5/"))
+
+    def in_a_group_of_its_own():
+        os.setsid()
+        status, _, err = call(intrada, flags, "--workers 2")
+        Path("err").write_text(err)
+        return status
+
+    child = forked(in_a_group_of_its_own)
+    while not Path("run/stage1/last.pth").exists() or last("run/stage1")["iter"] < 4:
+        time.sleep(0.05)
     refuses("--out run is in use", intrada, flags)
-    os.killpg(running.pid, signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    os.killpg(child, signal.SIGINT)
+    assert exit_status(child) == 130
     it = last("run/stage1")["iter"]
     sentence = f"stopped; run the same command to resume from iteration {it}"
-    assert running.returncode == 130 and err.strip() == sentence
+    assert Path("err").read_text().strip() == sentence
 
 
-@BOTH
-def test_a_full_disk_ends_in_a_sentence(module, trained):
-    """A limit on files' size fails as a full disk does."""
+def test_a_full_disk_ends_in_a_sentence():
+    """A limit on files' size fails as a full disk does. The earlier file stays."""
+    save("last.pth", noisy_network())
+    before = Path("last.pth").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = common.Log.losses
-
-    def full(log, it, *args, **more):
-        real(log, it, *args, **more)
-        if it == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
-
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
     try:
-        with mock.patch.object(common.Log, "losses", full):
-            refuses("last.pth", module, FLAGS[module])
+        refused("cannot write last.pth", common.save, "last.pth", 1, {}, {"model": noisy_network()})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    succeed(module, FLAGS[module])
-    assert_same_run("run", trained(module))
+    assert Path("last.pth").read_bytes() == before
 
 
 @BOTH
@@ -1533,81 +1402,67 @@ def test_a_finished_run_is_not_trained_again(module, broken, trained):
 
 
 OTHER = {  # flags of other settings, their names
-    intrada: ("--lr 0.5 --bn running --alignment none --seed 3", "alignment bn lr seed"),
+    intrada: ("--lr 0.5 --bn running --alignment none --seed 3", "alignment bn images lr seed"),
     bcl: ("--tau 0.1 --crop 32 --warmup-lr 0.5 --rounds 3", "crop rounds tau warmup_lr"),
 }
 
 
 @BOTH
-def test_other_settings_and_images_are_refused_and_all_named(module, trained, broken):
+def test_a_folder_of_other_settings_images_or_scripts_is_refused(module, trained, broken):
+    for inside in ("GTA5/images/run", "Cityscapes/leftImg8bit/run"):
+        refuses("lies inside", module, FLAGS[module], "--out", Path("scenes", inside))
     shutil.copytree(trained(module), "run")
     flags, names = OTHER[module]
     _, _, err = call(module, FLAGS[module], flags)
     found = re.findall(r"(\w+) is \S+ there and \S+ here", err)
-    assert [name for name in found if name != "images"] == names.split(), err
-    refuses("needs an --out of its own", module, FLAGS[module], flags)
-    torch.save(common.DeepLabV2(19, **NETWORK).state_dict(), "init.pth")
-    refuses("init is none there and init.pth here", module, FLAGS[module], "--init init.pth")
+    assert found == names.split() and "needs an --out of its own" in err, err
     for folder in ("images", "labels"):
         Path(broken, "GTA5", folder, "00002.png").unlink()
     refuses("images is", module, FLAGS[module], "--data-root broken")
     assert_same_run("run", trained(module))
-
-
-@BOTH
-def test_files_of_no_run_and_of_the_other_script_are_refused(module, trained):
-    for stray in ("best.pth", "log.jsonl", "round0/labels/x.png"):
-        out = Path(f"of {stray[:4]}")
-        path = Path(out, "stage1" if module is intrada else ".", stray)
-        common.write_text(path, "")
-        refuses("but no last.pth", module, FLAGS[module].replace("--out run", ""), "--out", out)
     sibling = {intrada: bcl, bcl: intrada}[module]
-    flags = [FLAGS[sibling], "--out", trained(module)]
-    refuses(f"holds a run of {module.__name__}.py", sibling, *flags)
+    refuses(f"holds a run of {module.__name__}.py", sibling, FLAGS[sibling])
+    for stray in ("best.pth", "round0/labels/x.png"):
+        part = "stage1" if module is intrada else "."
+        common.write_text(Path(f"of {stray[:4]}", part, stray), "")
+        refuses("but no last.pth", module, FLAGS[module], "--out", Path(f"of {stray[:4]}"))
 
 
 @BOTH
 def test_a_repaired_image_lets_the_run_resume(module, broken):
-    """The identity of a run has the names of its images alone, not their sizes."""
+    """A reader meets a file in the middle of training that the first look leaves out. The identity
+    of a run has the names of its images alone, not their sizes."""
     flags = f"{FLAGS[module]} --data-root broken"
-    flags += " --stop-iters 6 --stage 1" if module is intrada else ""
-    unseen = damage_unseen(broken)
-    refuses("cannot read broken", module, flags)
+    flags += " --rounds 1" if module is bcl else " --stop-iters 6 --stage 1"
+    reading = "--workers 1" if module is intrada else ""
+    paths = sorted((broken / TRAIN).rglob("*.png"))
+    unseen = [paths[i] for i in range(10) if i not in common.evenly_spaced(10, 8)]
+    for path in unseen:
+        path.write_bytes(HALF)
+    refuses("error: cannot read broken/Cityscapes/leftImg8bit", module, flags, reading)
     for path in unseen:
         draw(path, size=(100, 80))
     succeed(module, flags)
     assert len(records("run/stage1" if module is intrada else "run", "start")) == 2
 
 
-def test_stop_iters_may_grow():
+def test_stop_iters_may_grow(trained):
     """Stopped at 4 and resumed to 6, or 6 from the start: the same to the last bit."""
-    flags = f"{INTRADA} --stage 1 --eval-every 2"
-    succeed(intrada, flags)
+    shutil.copytree(trained(intrada) / "stage1", "run/stage1")
     assert last("run/stage1")["iter"] == 4
-    succeed(intrada, flags, "--stop-iters 6")
-    succeed(intrada, flags, "--stop-iters 6 --out whole")
-    assert_same_run("run", "whole")
+    for out in ("run", "whole"):
+        succeed(intrada, INTRADA, "--stage 1 --stop-iters 6 --out", Path(out))
+    assert last("run/stage1")["iter"] == 6 and same(last("run/stage1"), last("whole/stage1"))
 
 
-@BOTH
-def test_what_is_not_finite_is_not_saved(module):
-    flags = "--lr 1e35 --log-every 100 --eval-every 0 --save-every 1"
-    flags += " --stage 1" if module is intrada else " --warmup-iters 0"
-    refuses("a weight is not finite at iteration", module, FLAGS[module], flags)
-    saved = last("run/stage1" if module is intrada else "run")
+def test_what_is_not_finite_is_named_and_not_saved():
+    flags = f"{INTRADA} --stage 1 --lr 1e35 --log-every 100 --eval-every 0 --save-every 1"
+    refuses("a weight is not finite at iteration", intrada, flags)
+    saved = last("run/stage1")
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
-
-
-def test_a_loss_that_is_not_finite_is_named():
-    real = intrada.domain_loss
-    calls = itertools.count()
-
-    def broken_loss(logits, domain):  # the fourth iteration; 6 calls in each
-        return real(logits, domain) * (math.nan if next(calls) == 3 * 6 else 1)
-
-    with mock.patch.object(intrada, "domain_loss", broken_loss):
-        refuses("loss_adv_main is nan at iteration 4", intrada, INTRADA, "--stage 1")
-    assert last("run/stage1")["iter"] == 3  # from before
+    nan = lambda logits, domain: logits.mean() * math.nan  # noqa: E731
+    with mock.patch.object(intrada, "domain_loss", nan):
+        refuses("loss_adv_main is nan at iteration 1", intrada, INTRADA, "--stage 1 --out nan")
 
 
 @BOTH
@@ -1655,16 +1510,14 @@ def assert_moved_alike(start, one, two):
 
 
 def test_two_processes_follow_one(trained):
-    """With half of the batch each. One of the two is killed, and both resume under torchrun."""
+    """With half of the batch each. One of the two is killed, and both resume."""
     init = trained(intrada) / "stage1/last.pth"
     flags = [INTRADA, "--bn running --lr 1e-3 --init", init]
     succeed(intrada, *flags, "--out one")
     flags += ["--out two --batch-size 1"]
     assert -signal.SIGKILL in two_processes(intrada, flags, dies_at=3)
     assert last("two/stage1")["iter"] == 2
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2"
-    done = process(torchrun, HERE / "intrada.py", *flags)
-    assert done.returncode == 0 and done.stdout.count("mIoU 19") == 1, done.stderr
+    assert two_processes(intrada, flags) == [0, 0]
     assert [r["iter"] for r in records("two/stage1", "start")] == [0, 2]
     for stage in ("stage1", "stage3"):
         one = last(f"one/{stage}")
@@ -1676,8 +1529,8 @@ def test_two_processes_follow_one(trained):
         assert scores[0] == approx(scores[1], abs=0.1)
     rankings = [ranking_of(f"{run}/stage2") for run in ("one", "two")]
     assert [row["name"] for row in rankings[0]] == [row["name"] for row in rankings[1]]
-    refuses("batch_size is 1 there and 2 here; processes is 2 there and 1 here",
-            intrada, *flags[:3], "--out two")  # fmt: skip
+    different = "batch_size is 1 there and 2 here; processes is 2 there and 1 here"
+    refuses(different, intrada, *flags[:3], "--out two")
 
 
 def test_two_processes_of_bcl_follow_one(trained):
@@ -1697,6 +1550,18 @@ def test_two_processes_of_bcl_follow_one(trained):
         assert torch.allclose(one[ema]["mean"], two[ema]["mean"], rtol=0.02, atol=0.02)
 
 
+def test_torchrun(monkeypatch):
+    """The launcher itself, as README types it: only the first process prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", HERE / "bcl.py"]
+    done = subprocess.run(
+        [*command, *BCL.split(), "--rounds", "1"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and last("run")["iter"] == 3, done.stderr
+    assert done.stdout.count("pictures: run/panel.png") == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    refuses("without torchrun", eval_script, EVAL)
+
+
 def test_local_rank_alone_is_no_torchrun(monkeypatch):
     """Some clusters set it for every job."""
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -1710,98 +1575,76 @@ def test_a_bug_shows_its_traceback_and_ends_the_readers():
     assert not multiprocessing.active_children()
 
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-WAYS = [  # flags, how far from float32 on the CPU
-    ("--amp", 0.03), ("--compile", 1e-4),
-    pytest.param("--device cuda --no-amp", 0.03, marks=CUDA),
-    pytest.param("--device cuda --amp --compile", 0.03, marks=CUDA),
-]  # fmt: skip
+WAYS = [("--amp", 0.03), ("--compile", 1e-4)]  # flags, how far from float32 on the CPU
+if torch.cuda.is_available():
+    WAYS += [("--device cuda --no-amp", 0.03), ("--device cuda --amp --compile", 0.03)]
 
 
-@pytest.mark.parametrize("flags, tolerance", WAYS)
-def test_fast_ways_follow_float32_on_the_cpu(flags, tolerance, trained):
+def test_fast_ways_follow_float32_on_the_cpu(trained):
     """On the CPU compiled code is traced and differentiated, but not generated: that takes long."""
     options = [INTRADA, "--stage 1 --eval-every 0 --init", trained(intrada) / "stage1/last.pth"]
-    succeed(intrada, *options, "--out a")
-    backend = "inductor" if "cuda" in flags else "aot_eager"
-    real = functools.partial(torch.compile, backend=backend)
-    with mock.patch.object(torch, "compile", side_effect=real) as compiled:
-        succeed(intrada, *options, "--out b", flags)
-    a = terms("a/stage1")
-    b = terms("b/stage1")
-    assert len(a) == 4 and np.allclose(a, b, rtol=tolerance)
-    assert "--amp" not in flags or a != b
-    assert (compiled.call_count >= 3) == ("--compile" in flags)  # G, I and CE
-    one = last("a/stage1")["model"]
-    other = last("b/stage1")["model"]
-    assert_close(other, one, rtol=tolerance / 2, atol=tolerance / 2)
-    if "cuda" in flags:
-        succeed(bcl, BCL, flags)
-        assert np.isfinite(terms("run")).all()
+    succeed(intrada, *options)
+    expected = terms("run/stage1")
+    for i, (flags, tolerance) in enumerate(WAYS):
+        backend = "inductor" if "cuda" in flags else "aot_eager"
+        real = functools.partial(torch.compile, backend=backend)
+        with mock.patch.object(torch, "compile", side_effect=real) as compiled:
+            succeed(intrada, *options, flags, f"--out way{i}")
+        found = terms(f"way{i}/stage1")
+        assert len(found) == 4 and np.allclose(expected, found, rtol=tolerance)
+        assert "--amp" not in flags or found != expected
+        assert (compiled.call_count >= 3) == ("--compile" in flags)  # G, I and CE
+        weights = [last(f"{out}/stage1")["model"] for out in ("run", f"way{i}")]
+        assert_close(*weights, rtol=tolerance / 2, atol=tolerance / 2)
+        if "cuda" in flags:
+            succeed(bcl, BCL, flags, f"--out bcl{i}")
+            assert np.isfinite(terms(f"bcl{i}")).all()
 
 
 # ====================================================================== pictures
 
 
-def test_colours_of_classes():
+def test_colours_of_classes_and_of_changes():
     """Cityscapes' own; far apart and never black for another set."""
     table = common.palette(CLASSES)
     assert table[[0, 13]].tolist() == [[128, 64, 128], [0, 0, 142]] and not table[19:].any()
     for count in (2, 11, 19, 20):
-        colours = common.palette(tuple(map(str, range(count)))).astype(int)
-        apart = np.abs(colours[:count, None] - colours[None, :count]).sum(2)
-        assert (apart + 999 * np.eye(count)).min() > 40 and colours[:count].sum(1).min() > 90
-        assert not colours[count:].any()
+        colours = common.palette(tuple(map(str, range(count))))[:count].astype(int)
+        apart = np.abs(colours[:, None] - colours[None]).sum(2)
+        assert (apart + 999 * np.eye(count)).min() > 40 and colours.sum(1).min() > 90
+    before, after, truth = np.array([[[1, 2, 1]], [[2, 1, 1]], [[2, 2, 1]]], np.uint8)
+    right, wrong, equal = common.changes(before, after, truth)[0].tolist()
+    assert right[1] > 150 > right[0] and wrong[0] > 200 > wrong[1] and equal == [40] * 3
 
 
-def test_changes():
-    rows = ((1, 2, 2, 1), (2, 1, 3, 1), (2, 2, 4, 1))
-    before, after, truth = (np.array([row], np.uint8) for row in rows)
-    right, wrong, other, equal = common.changes(before, after, truth)[0].tolist()
-    assert right[1] > 150 > right[0] and wrong[0] > 200 > wrong[1]
-    assert other[0] > 150 and other[1] > 150 and equal == [40] * 3
-    ignored = common.changes(before, after, truth * 0 + 255)
-    assert (ignored == 40).all()
-
-
-def test_grid_and_its_legend():
-    """Each picture with its own aspect, and the colours of the classes that occur."""
+def test_a_grid_keeps_the_aspects_and_has_a_legend_of_the_classes_that_occur():
     image = read(draw("image.png", size=(64, 32)))
     label = np.full((32, 32), 255, np.uint8)
     label[:16] = 13
-    label[:, :16] = 0
-    common.write_grid("grid.png", ["a", "b"], [[image, label]] * 2, CLASSES, ["x", "y"])
+    label[16:, :16] = 0
+    common.write_grid("grid.png", ["a", "b"], [[image, label]], CLASSES)
     grid = np.asarray(Image.open("grid.png").convert("RGB"))
-    colours = common.palette(CLASSES)
-    assert grid.shape[1] == 320 + 2 + 160 + 2
     larger = Image.fromarray(image).resize((320, 160), Image.BICUBIC)
-    for top in (20, 20 + 160 + 20):  # below the titles and the first row's caption
-        assert np.array_equal(grid[top : top + 160, :320], np.asarray(larger))
-        cell = colours[np.repeat(np.repeat(label, 5, 0), 5, 1)]
-        assert np.array_equal(grid[top : top + 160, 322:482], cell)
-        assert grid[top + 160 : top + 180].min() < 99  # the caption
-    squares = [(grid[380:] == colours[c]).all(2).sum() for c in range(19)]  # of the legend
-    assert squares[0] == squares[13] == 12 * 12 and sum(n > 20 for n in squares) == 2
+    assert grid.shape[1] == 322 + 162 and np.array_equal(grid[20:180, :320], np.asarray(larger))
+    for c, size in ((13, 160 * 80), (0, 80 * 80)):
+        assert (grid == common.palette(CLASSES)[c]).all(2).sum() == size + 12 * 12
 
 
 def test_training_leaves_pictures(trained):
-    """Panels of the image, its labels, two predictions, what changed and the entropy."""
-    paths = list(common.list_images("cityscapes", "scenes/Cityscapes", "val").values())
+    """Panels whose last column is entropy, from easy to hard, and a gallery."""
+    paths = common.list_images("cityscapes", "scenes/Cityscapes", "val").values()
     for module, last_stage in ((intrada, "stage3"), (bcl, ".")):
-        panel = np.asarray(Image.open(trained(module) / "panel.png").convert("RGB"))
-        assert panel.shape[1] == 6 * 162 and panel.shape[0] >= 20 + 4 * 180 + 20
-        means = {}
-        for path in paths:
-            larger = Image.open(path).resize((160, 160), Image.BICUBIC)
-            places = [y for y in range(20, 740, 180) if (panel[y : y + 160, :160] == larger).all()]
-            G = common.load(trained(module) / last_stage / "last.pth")
-            entropy = 255 * plain_entropy(plain_logits(G, path))
-            means.update({y: entropy.mean() for y in places})
-            for y in places:
-                assert panel[y : y + 160, -162:-2].mean() == approx(entropy.mean(), abs=1)
-        assert len(means) == 4 and means[20] <= means[200] <= means[380] <= means[560]
-    gallery = Image.open(trained(intrada) / "stage2/gallery.png")
-    assert gallery.width == 3 * 162 and gallery.height >= 20 + 6 * 180 + 20
+        panel = read(trained(module) / "panel.png")
+        G = common.load(trained(module) / last_stage / "last.pth")
+        means = []
+        for y in range(20, 740, 180):
+            images = [Image.open(path).resize((160, 160), Image.BICUBIC) for path in paths]
+            found = [(np.asarray(image) == panel[y : y + 160, :160]).all() for image in images]
+            entropy = 255 * plain_entropy(plain_logits(G, list(paths)[found.index(True)]))
+            assert panel[y : y + 160, -162:-2].mean() == approx(entropy.mean(), abs=1)
+            means.append(entropy.mean())
+        assert means == sorted(means)
+    assert Image.open(trained(intrada) / "stage2/gallery.png").height >= 20 + 6 * 180 + 20
 
 
 # ====================================================================== mistakes of users
@@ -1818,9 +1661,8 @@ EITHER = [  # flags that both scripts refuse; what the sentence names
     ("--source cityscapes", "--source cityscapes"), ("--source-root folder", "folder/images"),
     ("--source folder --source-root folder --target folder --target-root folder", "same folder"),
     ("--compile --checkpoint-activations", "--compile"), ("--out file/run", "file"),
-    ("--out scenes/GTA5/images/run", "lies inside"), ("--target-list nowhere.txt", "nowhere.txt"),
-    ("--out scenes/Cityscapes/leftImg8bit/train/run", "lies inside"),
-    ("--source-list file", "file: 0 of 1 names found"), ("--workers -1", "--workers"),
+    ("--target-list nowhere.txt", "nowhere.txt"),
+    ("--source-list file", "file: 0 of 1 names found"),
 ]  # fmt: skip
 MISTAKES = [(module, *row) for module in (intrada, bcl) for row in EITHER]
 MISTAKES += [
@@ -1835,24 +1677,15 @@ MISTAKES += [
 ]  # fmt: skip
 
 
-def refuses_and_writes_nothing(culprit, module, *flags):
-    before = files_of(".")
-    refuses(culprit, module, *flags)
-    assert files_of(".") == before
-
-
 @pytest.mark.parametrize("module, flags, culprit", MISTAKES)
 def test_mistakes_in_flags(module, flags, culprit):
     Path("file").write_text("neither a checkpoint nor a list")
     Path("folder").mkdir()
     torch.save({"conv1.weight": STEM}, "trunk.pth")
-    if "seven" in flags:
-        torch.save(noisy_network(0, 7).state_dict(), "seven.pth")
-    try:
-        refuses_and_writes_nothing(culprit, module, FLAGS[module], flags)
-    finally:
-        for folder in ("GTA5/images", TRAIN):  # the data are all tests'
-            shutil.rmtree(f"scenes/{folder}/run", ignore_errors=True)
+    save("seven.pth", noisy_network(0, 7))
+    before = files_of(".")
+    refuses(culprit, module, FLAGS[module], flags)
+    assert files_of(".") == before
 
 
 BAD_DATA = [  # files below the data root; what they become; what the sentence names
@@ -1875,50 +1708,32 @@ def test_damaged_data(pattern, content, culprit, broken):
         else:
             Image.fromarray(content).save(path)
     for module in (intrada, bcl):
-        refuses_and_writes_nothing(culprit, module, FLAGS[module], "--data-root broken")
+        refuses(culprit, module, FLAGS[module], "--data-root broken")
+        assert not Path("run/stage1").exists() and not Path("run/last.pth").exists()
 
 
 @BOTH
-def test_an_out_inside_a_plain_folder_of_images_is_refused(module):
-    """The next run would read its pictures; also where all images lie one folder deeper."""
-    for folder in ("flat/images", "deep/images/a"):
-        for name in "01":
-            draw(f"{folder}/{name}.png", size=(64, 64))
-    for root in ("flat", "deep"):
-        flags = f"--target folder --target-root {root} --out {root}/images/run"
-        refuses("lies inside", module, FLAGS[module], flags)
-
-
-@BOTH
-def test_lists_choose_the_images_of_training(module):
-    Path("source.txt").write_text("00003.png\n00007.png\n00001.png\n")
-    names = list(common.list_images("cityscapes", "scenes/Cityscapes"))[2:6]
-    Path("target.txt").write_text("\n".join(names))
-    flags = "--source-list source.txt --target-list target.txt"
-    flags += " --stage 1" if module is intrada else " --warmup-iters 0 --rounds 1 --round-iters 1"
-    succeed(module, FLAGS[module], flags)
-    data = records("run/stage1" if module is intrada else "run", "start")[0]["data"]
-    assert data.startswith("3 ") and ", 4 target images" in data
-    if module is bcl:
-        labels = Path("run/round0/labels")
-        assert files_of(labels) == {f"{name}.png" for name in names}
-
-
-@BOTH
-def test_plain_folders_of_three_classes(module):
-    for part in ("source/{}/train", "target/{}/train", "target/{}/val"):
-        for name in "0123":
-            draw(f"{part.format('images')}/{name}.png", size=(64, 64))
-            stripes(f"{part.format('labels')}/{name}.png", (0, 1, 2, 255))
-    for root in ("source", "target"):
-        Path(root, "classes.txt").write_text("cat\ndog\nhen\n")
+def test_lists_and_plain_folders_of_three_classes(module):
+    """Also: the next run would read the pictures of an --out inside a folder of images."""
+    for root in ("source/train", "target/train", "target/val"):
+        plain_folder(*root.split("/"))
+    Path("source.txt").write_text("1.png\n")
+    Path("target.txt").write_text("1.png\n2\n")
     flags = "--source folder --source-root source --target folder --target-root target"
-    flags += " --num-classes 3"
-    flags += " --stop-iters 2" if module is intrada else " --rounds 1"
+    flags += " --num-classes 3 --source-list source.txt --target-list target.txt"
+    flags += " --stop-iters 2 --ratio 1" if module is intrada else " --rounds 1"
     out = succeed(module, FLAGS[module], flags)
     assert "mIoU 3" in out and "hen" in out and "mIoU 19" not in out
-    if module is intrada:
-        refuses("--normalize-entropy", module, FLAGS[module], flags, "--normalize-entropy --out n")
+    data = records("run/stage1" if module is intrada else "run", "start")[0]["data"]
+    assert data.startswith("1 ") and ", 2 target images" in data
+    labels = "run/stage2/labels" if module is intrada else "run/round0/labels"
+    assert files_of(labels) == {"1.png", "2.png"}
+    for inside in ("source/images/run", "target/images/train/run"):
+        refuses("lies inside", module, FLAGS[module], flags, "--out", Path(inside))
+    if module is intrada:  # at ratio 1 stage 3 is self-training
+        assert "2 labelled images, no target" in records("run/stage3", "start")[0]["data"]
+        refuses("ratio is 1.0 there and 0.5 here", module, INTRADA, flags, "--ratio 0.5")
+        refuses("--normalize-entropy", module, INTRADA, flags, "--normalize-entropy --out n")
     Path("source/classes.txt").write_text("cat\nhen\ndog\n")
     refuses("different classes", module, FLAGS[module], flags, "--out new")
 
@@ -1953,12 +1768,10 @@ def test_what_is_said_of_an_exception(error, sentence):
 @BOTH
 def test_help_shows_flags_soon_and_whose_each_number_is(module):
     lines = succeed(module, "--help").splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("  --data-root"))
-    assert first < 30
+    assert any(line.startswith("  --data-root") for line in lines[:30])
     text = " ".join(" ".join(lines).split())
-    assert "Where this differs" not in text and "(paper)" in text and "(released)" in text
     default = "0.67" if module is intrada else "0.1"
-    assert f"(default: {default})" in text
+    assert "(paper)" in text and "(released)" in text and f"(default: {default})" in text
 
 
 # ====================================================================== eval.py
@@ -1966,28 +1779,14 @@ def test_help_shows_flags_soon_and_whose_each_number_is(module):
 EVAL = f"--data-root scenes {CPU}"
 
 
-def save(path, network, size=(64, 64), **more):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def save(path, network, size=(64, 64)):
     content = {"format": common.FORMAT, "model": network.state_dict(), "input_size": size}
-    torch.save({**content, **more}, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
 
 
 def val_pairs():
     return common.list_pairs("cityscapes", Path("scenes/Cityscapes"), "val")
-
-
-def plain_score(networks, pairs, input_size):
-    """(confusion (19,19), {name: (prediction, entropy)}) step by step, from label ids."""
-    confusion = np.zeros((19, 19), int)
-    answers = {}
-    for name, (image, label) in pairs.items():
-        logits = sum(plain_logits(network, image, input_size) for network in networks)
-        logits = logits / len(networks)
-        prediction = logits.argmax(0).numpy()
-        for c, value in enumerate(CITYSCAPES_IDS):
-            confusion[c] += np.bincount(prediction[read(label) == value], minlength=19)
-        answers[name] = (prediction, plain_entropy(logits))
-    return confusion, answers
 
 
 def test_scores_and_pictures():
@@ -1996,61 +1795,53 @@ def test_scores_and_pictures():
     save("a.pth", networks[0], (96, 64))
     save("b.pth", networks[1], (32, 32))  # the first file says the input size
     out = succeed(eval_script, EVAL, "--ckpt a.pth b.pth --save-dir out")
-    confusion, answers = plain_score(networks, val_pairs(), (96, 64))
-    for name, (prediction, entropy) in answers.items():
+    succeed(eval_script, EVAL, "--ckpt a.pth b.pth --save-dir ids --label-ids")
+    expected = np.zeros((19, 19), int)
+    for name, (image, label) in val_pairs().items():
+        logits = sum(plain_logits(network, image, (96, 64)) for network in networks) / 2
+        prediction = logits.argmax(0).numpy()
+        for c, value in enumerate(CITYSCAPES_IDS):
+            expected[c] += np.bincount(prediction[read(label) == value], minlength=19)
         picture = Image.open(f"out/{name}_trainids.png")
         assert (np.asarray(picture) != prediction).mean() < 1e-3
         colours = common.palette(CLASSES)[np.asarray(picture)]
         assert np.array_equal(picture.convert("RGB"), colours)
-        assert np.abs(read(f"out/{name}_entropy.png")[..., 0] - 255 * entropy).max() < 1
-    found = json.loads(Path("out/scores.json").read_text())
-    assert np.abs(found["confusion"] - confusion).sum() <= 4  # of 20,480 pixels
-    assert np.sum(found["confusion"], 1).tolist() == confusion.sum(1).tolist()  # rows are labels
-    expected = common.scores(torch.tensor(found["confusion"]), CLASSES)
-    assert all(found[name] == expected[name] for name in expected) and found["seconds"] > 0
-    assert found["ckpt"] == ["a.pth", "b.pth"] and found["input_size"] == [96, 64]
-    assert (found["target"], found["split"]) == ("cityscapes", "val")
-    assert found["target_list"] is None and found["images"] == 5
-    for text in ("cityscapes val, input 96x64", "mIoU 13", "5 images", "images/s"):
-        assert text in out
-    assert f"{'road':16}{found['iou']['road']:>14.1f}" in out
-    assert Image.open("out/panel.png").width > 5 * 160  # image, truth, two, changes, entropy
-    assert len([path for path in Path("out").rglob("*") if path.is_file()]) == 2 + 2 * 5
-
-
-def test_label_ids_have_the_names_that_the_official_evaluator_reads():
-    """It looks for exactly one <city>_<seq>_<frame>*.png of every image below the folder."""
-    network = noisy_network()
-    save("net.pth", network)
-    succeed(eval_script, EVAL, "--ckpt net.pth --label-ids --save-dir ids")
-    _, answers = plain_score([network], val_pairs(), (64, 64))
-    for name, (prediction, _) in answers.items():
+        entropy = read(f"out/{name}_entropy.png")[..., 0]
+        assert np.abs(entropy - 255 * plain_entropy(logits)).max() < 1
+        # the official evaluator looks for exactly one <city>_<seq>_<frame>*.png of its mask
         (path,) = Path("ids").rglob(f"{name.split('/')[-1]}*.png")
         assert path.name.endswith("_pred_labelIds.png") and Image.open(path).mode == "L"
-        assert (read(path) != np.array(CITYSCAPES_IDS)[prediction]).mean() < 1e-3
-    assert json.loads(Path("ids/scores.json").read_text())["images"] == 5
+        assert np.array_equal(read(path), np.array(CITYSCAPES_IDS)[np.asarray(picture)])
+    found = json.loads(Path("out/scores.json").read_text())
+    assert np.abs(found["confusion"] - expected).sum() <= 4  # of 20,480 pixels
+    assert np.sum(found["confusion"], 1).tolist() == expected.sum(1).tolist()  # rows are labels
+    scores = common.scores(torch.tensor(found["confusion"]), CLASSES)
+    assert scores == {name: found[name] for name in scores}
+    assert found["ckpt"] == ["a.pth", "b.pth"] and found["input_size"] == [96, 64]
+    assert (found["target"], found["split"], found["images"]) == ("cityscapes", "val", 5)
+    for text in ("cityscapes val, input 96x64", "mIoU 13", "5 images"):
+        assert text in out
+    assert f"{'road':16}{found['iou']['road']:>14.1f}" in out and Path("out/panel.png").exists()
 
 
 def test_test_labels_are_not_read():
     save("net.pth", noisy_network())
-    name = "berlin/berlin_000000_000019"
-    draw(f"data/Cityscapes/leftImg8bit/test/{name}_leftImg8bit.png", size=(100, 50))
+    name = "berlin_000000_000019"
+    draw(f"data/Cityscapes/leftImg8bit/test/berlin/{name}_leftImg8bit.png", size=(100, 50))
     flags = f"{CPU} --data-root data --ckpt net.pth --split test"
     with mock.patch.object(common, "read_label", side_effect=AssertionError):
         succeed(eval_script, flags, "--label-ids --save-dir ids")
-    assert [path.name for path in Path("ids").rglob("*")] == [f"{name[7:]}_pred_labelIds.png"]
-    ids = read(f"ids/{name[7:]}_pred_labelIds.png")
+    assert files_of("ids") == {f"{name}_pred_labelIds.png"}
+    ids = read(f"ids/{name}_pred_labelIds.png")
     assert ids.shape == (50, 100) and set(np.unique(ids)) <= set(CITYSCAPES_IDS)
-    refuses("test labels are empty", eval_script, flags)
 
 
 @pytest.mark.parametrize("flag", ["", "--ckpt"])
 def test_the_newest_checkpoint_and_a_list(flag):
-    network = noisy_network()
     for name, age in {"b/last": 30, "a/stage3/last": 10, "c/last": 20, "d/best": 0}.items():
-        save(f"runs/{name}.pth", network, (96, 32))
+        save(f"runs/{name}.pth", noisy_network(), (96, 32))
         os.utime(f"runs/{name}.pth", (1e9 - age, 1e9 - age))
-    names = [name.split("/")[-1] for name in val_pairs()]
+    names = list(val_pairs())
     Path("names.txt").write_text("\n".join(names[:2]))
     flags = f"{EVAL} --target-list names.txt --save-dir out"
     out = succeed(eval_script, flags, flag)
@@ -2061,39 +1852,25 @@ def test_the_newest_checkpoint_and_a_list(flag):
     refuses("1 of 2 names found, not found: nobody", eval_script, flags, flag)
 
 
-def test_without_a_data_root_the_drawn_scenes_are_scored():
-    save("net.pth", noisy_network())
-    with mock.patch.object(demo, "demo_scenes", lambda source: Path("scenes")):
-        out = succeed(eval_script, CPU, "--ckpt net.pth")
-    assert "Built-in scenes" in out and "--data-root DIR" in out and "5 images" in out
-    assert not list(Path().glob("*.json")) and not list(Path().rglob("*trainids*"))
-
-
-def test_classes_of_a_plain_folder():
+def test_eval_of_a_plain_folder():
     save("net.pth", noisy_network(0, 3))
-    for name in "ab":
-        draw(f"own/images/{name}.png", size=(64, 64))
-        stripes(f"own/labels/{name}.png", (0, 1))
-    Path("own/classes.txt").write_text("cat\ndog\nhen\n")
+    classes = plain_folder("own")
     flags = f"{CPU} --ckpt net.pth --target folder --target-root own"
     out = succeed(eval_script, flags, "--save-dir out")
-    assert "all images of own, input" in out and "folder val" not in out
-    for name in ("cat", "dog", "hen", "mIoU 3"):
+    assert "all images of own, input" in out and "folder val" not in out and "no pixel" not in out
+    for name in (*classes, "mIoU 3"):
         assert f"\n{name}" in out
-    picture = Image.open("out/a_trainids.png")
-    colours = common.palette(("cat", "dog", "hen"))[np.asarray(picture)]
+    picture = Image.open("out/0_trainids.png")
+    colours = common.palette(classes)[np.asarray(picture)]
     assert np.array_equal(picture.convert("RGB"), colours)
-    assert json.loads(Path("out/scores.json").read_text())["split"] is None
     refuses("--label-ids", eval_script, flags, "--label-ids --save-dir ids")
     refuses("own/images", eval_script, flags, "--save-dir own/images/out")
     Path("own/classes.txt").write_text("cat\ndog\n")
     refuses("classes.txt", eval_script, flags)
-    for part in ("images", "labels"):
-        Path(f"own/{part}/val").mkdir()
-        Path(f"own/{part}/a.png").rename(f"own/{part}/val/a.png")
-    Path("own/classes.txt").unlink()
+    shutil.rmtree("own")
+    plain_folder("own", "val", (0, 1))
     out = succeed(eval_script, flags)
-    assert "folder val, input" in out and "1 images" in out and "no pixel has class 2" in out
+    assert "folder val, input" in out and "3 images" in out and "no pixel has class hen" in out
 
 
 def test_your_images():
@@ -2116,14 +1893,14 @@ def test_your_images():
     status, out, err = call(eval_script, flags, "out")
     assert status == 2 and err == "error: 2 of 6 images could not be read. See above.\n"
     assert "left out: cannot read in/broken.jpg" in out and "left out: in/deep.png has" in out
-    assert "4 images segmented" in out
     palette = np.array(Image.open("in/palette.PNG").convert("RGB"))
     pixels = {"a/turned": np.rot90(rgb, -1), "palette": palette, "alpha": rgb, "rgb": rgb}
     kinds = ("trainids", "overlay", "entropy")
-    written = {path.relative_to("out").as_posix() for path in Path("out").rglob("*.png")}
-    assert written == {f"{name}_{kind}.png" for name in pixels for kind in kinds}
-
-    def check(folder, name, input_size):
+    assert files_of("out") == {f"{name}_{kind}.png" for name in pixels for kind in kinds}
+    succeed(eval_script, CPU, "--ckpt net.pth --images rgb.png --input-size 64x32 --save-dir b")
+    cases = [("out", name, (93, 66)) for name in ("rgb", "palette", "alpha")]
+    cases += [("out", "a/turned", (66, 93)), ("b", "rgb", (64, 32))]
+    for folder, name, input_size in cases:  # the trained area, the photo's own aspect
         height, width = pixels[name].shape[:2]
         Image.fromarray(pixels[name]).save("upright.png")
         logits = plain_logits(network, "upright.png", input_size, (width, height))
@@ -2132,29 +1909,19 @@ def test_your_images():
         colours = common.palette(common.class_names(5))[ids].astype(int)
         assert np.array_equal(overlay, (pixels[name] + colours) // 2)
         assert np.abs(entropy[..., 0] - 255 * plain_entropy(logits)).max() <= 1
-
-    for name, photo in pixels.items():  # the trained area, the photo's own aspect
-        height, width = photo.shape[:2]
-        factor = math.sqrt(96 * 64 / (width * height))
-        check("out", name, (round(width * factor), round(height * factor)))
-    pixels["turned"] = pixels["a/turned"]
-    succeed(eval_script, CPU, "--ckpt net.pth --images in/a --input-size 64x32 --save-dir b")
-    check("b", "turned", (64, 32))
+    network.input_size = (96, 64)
+    assert np.array_equal(common.predict(network, photo), read("out/rgb_trainids.png"))
 
 
 def test_your_images_overwrite_nothing():
     save("net.pth", noisy_network())
-    for name in ("one/a.png", "two/a.jpg", "one/b.png", "one/b.jpg"):
+    for name in ("one/a.png", "two/a.jpg"):
         draw(name)
     flags = "--ckpt net.pth --device cpu --images"
-    for images in ("one/a.png two", "one", "one/*.png two"):
-        refuses("would both be written as", eval_script, flags, images, "--save-dir out")
-    for folder in ("two", "two/out"):
-        refuses("Write elsewhere", eval_script, flags, "two --save-dir", folder)
+    refuses("would both be written as", eval_script, flags, "one two --save-dir out")
+    refuses("Write elsewhere", eval_script, flags, "two --save-dir two/out")
     refuses("holds two/a.jpg", eval_script, flags, "tw*/*.jpg --save-dir two")
-    assert not Path("out").exists() and len(list(Path("two").iterdir())) == 1
-    succeed(eval_script, flags, "two two/a.jpg --save-dir out")  # the same file twice is one
-    assert len(list(Path("out").iterdir())) == 3
+    assert files_of("two") == {"a.jpg"} and not Path("out").exists()
 
 
 REFUSED = [  # flags, what the sentence says
@@ -2176,15 +1943,13 @@ REFUSED = [  # flags, what the sentence says
 
 
 @pytest.mark.parametrize("flags, culprit", REFUSED)
-def test_refusals_of_eval(flags, culprit, monkeypatch):
+def test_mistakes_of_eval(flags, culprit):
     Path("file").write_text("neither a checkpoint nor a name")
     Path("folder").mkdir()
     save("net.pth", noisy_network())
     save("seven.pth", noisy_network(0, 7))
     refuses(culprit, eval_script, flags, CPU)
     assert not Path("out").exists()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    refuses("without torchrun", eval_script, "--ckpt net.pth")
 
 
 # ====================================================================== tools
@@ -2199,19 +1964,18 @@ def tool(name):
     return module
 
 
-def write_log(path, stage, seed, values, iters=20, classes=CLASSES, **settings):
+def write_log(path, stage, seed, values, **settings):
     """A made-up log: mIoU `values` at iterations 10, 20, ...; the first class has twice that."""
     settings = {"seed": str(seed), "source": "gta5", "ranking": f"{seed:016x}", **settings}
-    lines = [{"iter": 0, "event": "start", "stage": stage, "iters": iters, "settings": settings}]
+    lines = [{"iter": 0, "event": "start", "stage": stage, "iters": 20, "settings": settings}]
     for i, value in enumerate(values, 1):
-        iou = {**dict.fromkeys(classes), classes[0]: 2 * value}
-        lines.append({"iter": 10 * i, "loss_seg": 1 / i, "lr": 1e-3})
-        score = {f"miou{len(classes)}": value, "miou16": value + 1, "iou": iou}
+        score = {"miou19": value, "miou16": value + 1, "iou": {**dict.fromkeys(CLASSES)}}
+        score["iou"]["road"] = 2 * value
         lines.append({"iter": 10 * i, "event": "evaluation", **score})
     common.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_compare():
+def test_compare(trained):
     compare = tool("tools/compare")
     for seed, values in enumerate(((30, 20), (10, 24), (10, 31))):
         write_log(f"runs/warm{seed}/log.jsonl", "warm-up", seed, (1, 2))
@@ -2220,273 +1984,118 @@ def test_compare():
     for seed, values in enumerate(((8, 9), (8, 12), (8, 18), (8, 50)), 1):
         write_log(f"runs/b{seed}/log.jsonl", "bcl", seed, values, labels="static")
     out = succeed(compare, "BCL=runs/a? static=runs/b?/log.jsonl --minus static")
-    last = (20, 24, 31)
-    mean = sum(last) / 3
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in last) / 2)
-    best = "28.3 ± 3.8"  # of 30, 24, 31
-    row = f"| BCL | 3 | {mean:.1f} ± {deviation:.1f} | {best} |"
-    differences = (24 - 9, 31 - 12)  # at the seeds 1 and 2
-    error = math.sqrt(sum((x - 17) ** 2 for x in differences) / 1) / math.sqrt(2)
-    assert f"{row} +17.0 ± {error:.1f} (2) |" in out
+    # last 20, 24, 31; best 30, 24, 31; at the seeds 1 and 2 last is 15 and 19 more
+    assert "| BCL | 3 | 25.0 ± 5.6 | 28.3 ± 3.8 | +17.0 ± 2.0 (2) |" in out
     assert "| static | 4 |" in out and "| +0.0 ± 0.0 (4) |" in out
-    assert f"| road | {2 * mean:.1f} ± {2 * deviation:.1f} | 44.5 ± " in out
-    assert "| sky | - | - |" in out and "mIoU 19, last" in out
-    assert "minus" not in succeed(compare, "one=runs/b1").lower()
+    assert "| road | 50.0 ± 11.1 |" in out and "| sky | - | - |" in out
+    write_log("runs/s/log.jsonl", "bcl", 0, (10, 20), source="synthia")
+    out = succeed(compare, "x=runs/s")
+    assert "mIoU 16, last" in out and "| 21.0 | 21.0 |" in out and "terrain" not in out
+    folder = trained(intrada)
+    out = succeed(compare, f"A={folder}/stage1 B={folder}/stage3 --minus A")
+    assert f"| B | 1 | {records(folder / 'stage3', 'evaluation')[-1]['miou19']:.1f} |" in out
 
 
 def test_compare_stops_at_runs_that_differ_in_more_than_their_seed():
-    compare = tool("tools/compare")
     for seed in (0, 1):
         write_log(f"runs/w{seed}/log.jsonl", "warm-up", seed, (1, 2), lr=f"{seed}")
         write_log(f"runs/i{seed}/log.jsonl", "bcl", seed, (1, 2), init=f"runs/w{seed}/last.pth")
         write_log(f"runs/t{seed}/log.jsonl", "bcl", seed, (1, 2), tau=f"0.{seed}", lr="1")
-        write_log(f"runs/s{seed}/log.jsonl", f"stage{seed}", seed, (1, 2))
         write_log(f"runs/e{seed}/log.jsonl", "bcl", 7, (1, 2))
         write_log(f"runs/n{seed}/log.jsonl", "bcl", seed, (1,) * (2 - seed))
-        write_log(f"runs/f{seed}/log.jsonl", "bcl", seed, (1, 2), init=f"file{seed}")
-        classes = ("cat", "dog")[: 2 - seed]
-        write_log(f"runs/c{seed}/log.jsonl", "bcl", seed, (1, 2), classes=classes)
-    refuses("tau is 0.0 and 0.1.", compare, "x=runs/t?")
-    refuses("lr of --init is 0 and 1.", compare, "x=runs/i?")
-    refuses("init is file0 and file1.", compare, "x=runs/f?")
-    refuses("stage is stage0 and stage1", compare, "x=runs/s?")
-    refuses("seed 7 occurs twice", compare, "x=runs/e?")
-    refuses("runs/n1/log.jsonl has 10 of 20 iterations", compare, "x=runs/n?")
-    refuses("different classes", compare, "x=runs/c0 y=runs/c1")
-    refuses("matches no run", compare, "x=nowhere*")
-    Path("runs/empty").mkdir()
-    refuses("no runs/empty/log.jsonl", compare, "x=runs/empty")
-    refuses("write NAME=GLOB", compare, "runs/t0")
-    refuses("write NAME=GLOB", compare, "x=runs/t0 x=runs/t1")
-    refuses("--minus z is not a row", compare, "x=runs/t0 --minus z")
-
-
-def test_compare_leaves_out_classes_of_which_the_source_has_no_pixel():
-    write_log("runs/s/log.jsonl", "bcl", 0, (10, 20), source="synthia")
-    out = succeed(tool("tools/compare"), "x=runs/s")
-    assert "mIoU 16, last" in out and "| 21.0 | 21.0 |" in out
-    assert "terrain" not in out and "| sky |" in out
-
-
-def test_compare_reads_runs_of_ours(trained):
-    folder = trained(intrada)
-    out = succeed(tool("tools/compare"), f"A={folder}/stage1 B={folder}/stage3 --minus A")
-    last = records(folder / "stage3", "evaluation")[-1]["miou19"]
-    assert f"| B | 1 | {last:.1f} |" in out
+    refusals = {"x=runs/t?": "tau is 0.0 and 0.1.", "x=runs/i?": "lr of --init is 0 and 1."}
+    refusals.update({"x=runs/e?": "seed 7 occurs twice", "x=runs/n?": "n1/log.jsonl has 10 of 20"})
+    refusals.update({"x=nowhere*": "matches no run", "runs/t0": "write NAME=GLOB"})
+    for row, culprit in refusals.items():
+        refuses(culprit, tool("tools/compare"), row)
 
 
 def test_tsne():
-    """Points are positions of the encoder's map; prototypes are means over all positions."""
+    """A prototype is the mean over all positions of its class, of which some are drawn."""
     pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    network = noisy_network()
-    save("net.pth", network)
-    flags = "--ckpt net.pth --device cpu --data-root scenes --points 7 --out x/a"
-    succeed(tool("tools/tsne"), flags)
+    tsne = tool("tools/tsne")
+    save("net.pth", noisy_network())
+    succeed(tsne, "--ckpt net.pth --device cpu --data-root scenes --points 2 --out x/a")
     assert Image.open("x/a.png").width > 500
     found = np.load("x/a.npz")
-    assert list(found["names"]) == list(CLASSES)
-    source_pairs = common.list_pairs("gta5", Path("scenes/GTA5"))
-    for domain, pairs in enumerate((source_pairs, val_pairs())):
-        features = []
-        labels = []
-        for image, label in pairs.values():
-            with torch.no_grad():
-                features.append(network(common.normalize(read_rgb(image))).features[0].flatten(1))
-            y = np.array(common.read_label(label, "cityscapes", 19))  # GTA5 has the same ids
-            labels.append(picked(torch.from_numpy(y)[None], 9).flatten())
-        features = torch.cat(features, 1).T
-        labels = torch.cat(labels)
-        assert len(labels[labels < 19].unique()) > 5
-        for c in labels[labels < 19].unique().tolist():
-            own = (found["domain"] == domain) & (found["label"] == c)
-            points = torch.from_numpy(found["features"][own & ~found["is_prototype"]])
-            prototype = torch.from_numpy(found["features"][own & found["is_prototype"]])
-            every = features[labels == c]
-            assert (prototype - every.mean(0, keepdim=True)).abs().max() < 1e-5 * features.max()
-            distance, place = (every[None] - points[:, None]).abs().amax(2).min(1)
-            assert distance.max() < 1e-5 * features.max()
-            assert len(place.unique()) == len(points) == min(7, len(every))
+    drawn = ~found["is_prototype"]
+    data = common.Labelled(val_pairs(), "cityscapes", CLASSES, (64, 64))
+    network = common.inference_copy(common.load("net.pth"))
+    whole = tsne.sample_features(network, data, 5, 999, 1, torch.device("cpu"))
+    for c in np.unique(whole[1]):
+        every = whole[0][(whole[1] == c) & ~whole[2]]
+        own = (found["domain"] == 1) & (found["label"] == c)
+        mean = every.mean(0, keepdims=True)
+        np.testing.assert_allclose(found["features"][own & ~drawn], mean, rtol=1e-4, atol=1e-4)
+        points = found["features"][own & drawn]
+        assert len(points) == min(2, len(every))
+        assert all((every == point).all(1).any() for point in points)
 
 
 def test_label_quality(trained):
-    """Both tables against loops over pixels and positions, from last.pth and labels.json."""
-    folder = trained(bcl)
-    flags = "--data-root scenes --device cpu --save lq.png"
-    out = succeed(tool("tools/label_quality"), folder, flags)
-    assert Image.open("lq.png").width > 7 * 150
-    content = last(folder)
-    G = common.load(folder / "last.pth").train()
-    bins = json.loads((folder / "round1/labels.json").read_text())["bins"]
-    shapes = {"short_side": 64, "scales": (1.0, 1.5), "crop": 64, "flip": True}
-    transform = functools.partial(bcl.augment, **shapes)
-    pairs = common.list_pairs("gta5", Path("scenes/GTA5"))
-    source = common.Labelled(pairs, "gta5", CLASSES, transform=transform)
-    images = []
-    for i, (image, label) in enumerate(val_pairs().values()):
-        item = source[i, i * 7919 % 8]
-        x_s = torch.from_numpy(item["image"]).permute(2, 0, 1)[None]
-        with torch.no_grad():
-            f_s = G(common.normalize(x_s)).features[0].double()
-            T = G(common.normalize(read_rgb(image)))
-        y_s = picked(torch.from_numpy(item["label"])[None], 9)[0]
-        truth = torch.from_numpy(np.array(common.read_label(label, "cityscapes", 19)))
-        confidence, answer = bigger(T.main)[0].softmax(0).max(0)
-        own_bins = bcl.confidence_bins(confidence)
-        static = torch.full((64, 64), 255)
-        enough = torch.sort(own_bins.flatten(), descending=True).values[math.ceil(409.6) - 1]
-        for h, w in product(range(64), range(64)):
-            if own_bins[h, w] >= min(bins[answer[h, w]], enough):
-                static[h, w] = answer[h, w]
-        f_t = T.features[0].double()
-        images.append((f_s, y_s, f_t, truth, static, T.main[0].argmax(0)))
-
-    def prototypes(f, y):
-        return {c: f[:, y == c].mean(1) for c in y.unique().tolist() if c < 19}
-
-    def mean_over_images(each):
-        counts = collections.Counter(c for own in each for c in own)
-        return {c: sum(own[c] for own in each if c in own) / n for c, n in counts.items()}
-
-    mu = []
-    for name in ("ema_source", "ema_target"):
-        seen = content[name]["seen"].nonzero().flatten().tolist()
-        mu.append({c: content[name]["mean"][c].double() for c in seen})
-    biases = {"ξ of the run": mu, "ξ = 0": [{}, {}]}
-    biases["true ξ"] = [
-        mean_over_images([prototypes(x[0], x[1]) for x in images]),
-        mean_over_images([prototypes(x[2], picked(x[3][None], 9)[0]) for x in images]),
-    ]
-    tables = {}
-    for f_s, y_s, f_t, truth, static, classified in images:
-        true_map = picked(truth[None], 9)[0]
-        static_map = picked(static[None], 9)[0]
-        for bias, (mu_s, mu_t) in biases.items():
-            p_st = prototypes(f_s, y_s)
-            for c in p_st:
-                if c in mu_s and c in mu_t:
-                    p_st[c] = p_st[c] + mu_t[c] - mu_s[c]
-            nearest = torch.full((9, 9), 255)
-            for h, w in product(range(9), range(9)):
-                similar = {c: F.cosine_similarity(f_t[:, h, w], p, dim=0) for c, p in p_st.items()}
-                best = max(similar, key=similar.get)
-                for tau in (-1, 0.5, 0.6, 0.7, 0.8, 0.9):
-                    for group in ("all", "without y_F"):
-                        counts = tables.setdefault((bias, group, tau), np.zeros(4))
-                        y = true_map[h, w]
-                        if y < 19 and (group == "all" or static_map[h, w] == 255):
-                            sure = similar[best].item() > tau
-                            right = [1, 1, best == y, classified[h, w] == y]
-                            counts += np.array(right) * [1, sure, sure, sure]
-                if similar[best] > 0.5:  # the run's τ
-                    nearest[h, w] = best
-            if bias == "ξ of the run":
-                for h, w in product(range(64), range(64)):
-                    y_d = nearest[round(h * 8 / 63), round(w * 8 / 63)]
-                    hybrid = y_d if static[h, w] == 255 else static[h, w]
-                    for kind, y in (("static", static[h, w]), ("dynamic", y_d), ("hybrid", hybrid)):
-                        counts = tables.setdefault(kind, np.zeros(3))
-                        if truth[h, w] < 19:
-                            counts += [1, y < 255, y == truth[h, w]]
-    printed = [re.split(r"  +", line.strip()) for line in out.splitlines()]
-    for key, (members, labelled, *hits) in tables.items():
-        expected = [100 * labelled / members, *(100 * x / labelled for x in hits if labelled)]
-        head = [key] if isinstance(key, str) else [*key[:2], str(key[2])]
-        (row,) = [cells for cells in printed if cells[: len(head)] == head]
-        numbers = [float(cell) for cell in row[len(head) :] if cell != "-"]
-        assert len(numbers) == len(expected), key
-        assert numbers == approx(expected, abs=0.06 + 300 / members), key  # few ties may differ
-
-
-def test_label_quality_refuses_what_is_not_a_finished_run(trained):
+    """The tables of four positions: of a, b and c the class is known."""
     quality = tool("tools/label_quality")
+    unseen = [bcl.PrototypeEMA(2, 2, 0.9) for _ in "ST"]
+    run = quality.Run({"calibrate": True, "tau": 0.8}, None, None, *unseen, torch.zeros(2))
+    truth = torch.tensor([[0, 1], [1, 255]])
+    seen = quality.Seen(
+        f_s=torch.eye(2)[:, None],
+        y_s=torch.tensor([[0, 1]]),
+        f_t=torch.tensor([[[1, 0.1], [1, 1]], [[0.1, 1], [0.8, 0]]]),  # c: cosine 0.78
+        truth=truth,
+        classified=torch.tensor([[0, 0], [1, 1]]),
+        y_f_full=torch.tensor([[255, 0], [255, 255]]),
+        truth_full=truth,
+    )
+    out = io.StringIO()
+    with mock.patch.object(quality, "see", lambda *_: seen), contextlib.redirect_stdout(out):
+        quality.report(run, [(None, None)], torch.device("cpu"))
+    table = [line.split() for line in out.getvalue().splitlines()]
+    assert ["static", "33.3", "0.0"] in table and ["dynamic", "66.7", "100.0"] in table
+    assert ["hybrid", "66.7", "50.0"] in table
+    head = ["ξ", "=", "0"]
+    assert [*head, "all", "0.7", "100.0", "66.7", "66.7"] in table
+    assert [*head, "all", "0.8", "66.7", "100.0", "50.0"] in table
+    assert [*head, "without", "y_F", "0.7", "100.0", "50.0", "100.0"] in table
+    flags = "--data-root scenes --device cpu --images 2 --save lq.png"
+    assert "true ξ" in succeed(quality, trained(bcl), flags)
+    assert Image.open("lq.png").width > 7 * 150
     refuses("not a run of bcl.py", quality, trained(intrada) / "stage1")
-    refuses("no run in nowhere", quality, "nowhere")
-    content = last(trained(bcl))
-    Path("half").mkdir()
-    torch.save({**content, "iter": 3}, "half/last.pth")
-    refuses("half has 3 of 6 iterations", quality, "half")
 
 
 # ====================================================================== demo/camvid.py, initial.py
 
 
-def camvid_tree(names):
-    for part, stem in names:
-        draw(f"cv/{part}/{stem}.png", size=(480, 360))
-        label = np.random.default_rng(0).integers(0, 12, (360, 480), dtype=np.uint8)
-        common.write_png(f"cv/{part}annot/{stem}.png", label)
-
-
 def test_camvid():
     camvid = tool("demo/camvid")
-    names = [("train", "0001TP_1"), ("train", "0006R0_1"), ("val", "0016E5_1")]
-    names += [("test", "0001TP_2"), ("test", "Seq05VD_1")]
-    camvid_tree(names)
+    places = {"train/0001TP_1": "dusk/{}/train", "train/0006R0_1": "day/{}"}
+    places.update({"val/0016E5_1": "day/{}", "test/0001TP_2": "dusk/{}/val"})
+    label = np.random.default_rng(0).integers(0, 12, (360, 480), dtype=np.uint8)
+    for place in places:
+        draw(f"cv/{place}.png", size=(480, 360))
+        common.write_png("cv/{}annot/{}.png".format(*place.split("/")), label)
     succeed(camvid, "cv out")
-    written = {path.relative_to("out").as_posix() for path in Path("out").rglob("*.*")}
-    places = {"0006R0_1": "day/{}", "0016E5_1": "day/{}", "Seq05VD_1": "day/{}"}
-    places.update({"0001TP_1": "dusk/{}/train", "0001TP_2": "dusk/{}/val"})
-    expected = {"day/classes.txt", "dusk/classes.txt"}
-    for part, stem in names:
-        image, label = [f"{places[stem].format(kind)}/{stem}.png" for kind in ("images", "labels")]
-        expected |= {image, label}
-        resized = Image.open(f"cv/{part}/{stem}.png").resize((320, 240), Image.BICUBIC)
-        assert np.array_equal(read(f"out/{image}"), np.asarray(resized))
-        nearest = Image.open(f"cv/{part}annot/{stem}.png").resize((320, 240), Image.NEAREST)
-        ids = np.asarray(nearest)
-        assert np.array_equal(read(f"out/{label}"), np.where(ids == 11, 255, ids))
-    assert written == expected
+    ids = np.asarray(Image.fromarray(label).resize((320, 240), Image.NEAREST))
+    for place, folder in places.items():
+        name = place.split("/")[1]
+        assert Image.open(f"out/{folder.format('images')}/{name}.png").size == (320, 240)
+        found = read(f"out/{folder.format('labels')}/{name}.png")
+        assert np.array_equal(found, np.where(ids == 11, 255, ids))
+    assert len(files_of("out")) == 2 * 4 + 2
     classes = common.dataset_classes("folder", Path("out/dusk"), 11)
     assert classes[0] == "sky" and classes[10] == "bicyclist"
-    common.check_classes("folder", Path("out/day"), classes)
-    assert len(common.list_pairs("folder", Path("out/dusk"), "val")) == 1
-    assert len(common.list_pairs("folder", Path("out/day"))) == 3
     refuses("out exists", camvid, "cv out")
 
 
-def test_camvid_writes_all_or_nothing():
-    camvid = tool("demo/camvid")
-    refuses("scenes/train: no image", camvid, "scenes out")
-    camvid_tree([("train", "0001TP_1"), ("val", "0016E5_1"), ("test", "0016E5_2")])
-    refuses("not both dusk", camvid, "cv out")
-    camvid_tree([("test", "0001TP_2")])
-    bad = np.full((360, 480), 12, np.uint8)
-    common.write_png("cv/testannot/0001TP_2.png", bad)
-    refuses("has the value 12", camvid, "cv out")
-    assert not Path("out").exists()
-    camvid_tree([("test", "0001TP_2")])
-    Path("out.partial/day/images").mkdir(parents=True, exist_ok=True)
-    draw("out.partial/day/images/old.png")  # of a call that was killed
-    succeed(camvid, "cv out")
-    assert not list(Path("out").rglob("old.png")) and not Path("out.partial").exists()
-    Path("cv/valannot/0016E5_1.png").unlink()
-    refuses("not of the same names", camvid, "cv other")
-
-
-def test_initial_weights_train_with_one_weight_decay_and_write_where_they_are_told():
+def test_initial_weights_are_written_where_they_are_told():
     initial = tool("demo/initial")
     tracked = (HERE / "demo/initial.pth").read_bytes()
-    status, _, err = call(initial)
-    assert status == 2 and "OUT" in err
-    groups = []
-    step = torch.optim.SGD.step
-
-    def spy(optimizer, *inputs):
-        groups.extend((g["lr"], g["lr_factor"], g["weight_decay"]) for g in optimizer.param_groups)
-        return step(optimizer, *inputs)
-
+    refuses("OUT", initial)
     every = initial.draw
-    short = {"SCENES": 8, "ITERATIONS": 2, "RAMP": 1}
-    short["draw"] = lambda seed, count: every(seed, min(count, 8))
-    with mock.patch.multiple(initial, **short), mock.patch.object(torch.optim.SGD, "step", spy):
+    short = {"SCENES": 4, "ITERATIONS": 1, "RAMP": 1, "draw": lambda seed, _: every(seed, 4)}
+    with mock.patch.multiple(initial, **short):
         succeed(initial, "out.pth --threads 1")
-    for i, (lr, factor, decay) in enumerate(groups):  # four groups in each of two iterations
-        poly = (1 - i // 4 / 2) ** 0.9
-        assert lr == approx(0.01 * poly * factor) and decay == 5e-4
-    assert sorted(factor for _, factor, _ in groups[:4]) == [1, 1, 3, 4]
-    network = common.load("out.pth")
-    assert len(groups) == 8 and network.input_size == (256, 128)
+    assert common.load("out.pth").input_size == (256, 128)
     assert (HERE / "demo/initial.pth").read_bytes() == tracked
 
 
@@ -2499,42 +2108,33 @@ def test_scenes():
     images = [image.tobytes() for image, _ in drawn]
     assert all(np.array_equal(label, drawn[0][1]) for _, label in drawn)
     assert images[0] == images[3] and len(set(images)) == 3  # they differ in appearance alone
-    for kind, encoding in (("gta5", (8, 3)), ("synthia", (16, 2)), ("cityscapes", (8, 0))):
-        root = common.dataset_root(kind, "scenes")
-        data = common.Labelled(common.list_pairs(kind, root), kind, CLASSES)
+    for kind in ("gta5", "synthia", "cityscapes"):
+        pairs = common.list_pairs(kind, common.dataset_root(kind, "scenes"))
+        data = common.Labelled(pairs, kind, CLASSES)
         found = {value for item in data for value in np.unique(item["label"]).tolist()}
         assert found == {*range(19), 255} - set(common.ABSENT.get(kind, ()))
-        assert data.label_paths[0].read_bytes()[24:26] == bytes(encoding)  # bits, colour type
-    for part, count in (("train_easy", 6), ("train_hard", 4), ("val_easy", 3), ("val_hard", 2)):
-        assert len(Path(f"scenes/{part}.txt").read_text().split()) == count
+    assert len(Path("scenes/train_easy.txt").read_text().split()) == 6
     demo.write_scenes("again", 0, (64, 64), (64, 64), 2, 10, 0)
-    demo.write_scenes("other", 1, (64, 64), (64, 64), 2, 2, 0)
-    for name in ("GTA5/images/00002.png", "GTA5/labels/00002.png"):
-        assert Path("again", name).read_bytes() == Path("scenes", name).read_bytes()
-        assert Path("other", name).read_bytes() != Path("scenes", name).read_bytes()
-    with pytest.raises(FileExistsError):
-        demo.write_scenes("again", 0, (64, 64), (64, 64), 1, 1, 0)
+    name = "GTA5/images/00002.png"
+    assert Path("again", name).read_bytes() == Path("scenes", name).read_bytes()
 
 
-def test_demo_says_so_first():
+def test_without_a_data_root_the_demo_and_its_defaults_hold():
+    for module in (intrada, bcl):
+        with mock.patch.object(sys, "argv", [module.__name__, "--lr", "7"]):
+            args = module.parse()
+        assert args.demo and args.lr == 7  # a flag comes before the demo's default
+        for name, value in module.DEMO.items():
+            assert name == "lr" or getattr(args, name) == value, name
+        with mock.patch.object(sys, "argv", [module.__name__, "--data-root", "x"]):
+            args = module.parse()
+        assert not args.demo and (args.layers, args.width) == ((3, 4, 23, 3), 64)
+        assert args.init == "imagenet"
     with mock.patch.object(demo, "write_scenes", lambda root, **_: shutil.copytree("scenes", root)):
-        for module, flags in ((intrada, "--stage 1"), (bcl, "--rounds 1")):
-            first = succeed(module, FLAGS[module].removeprefix(PLACES), flags).splitlines()[0]
-            assert "Demo" in first and "--data-root" in first
-    assert Path("runs/intrada/stage1/last.pth").exists() and Path("runs/bcl/last.pth").exists()
-
-
-@BOTH
-def test_defaults_of_the_demo_hold_without_a_data_root(module):
-    with mock.patch.object(sys, "argv", [module.__name__, "--lr", "7"]):
-        args = module.parse()
-    assert args.demo and args.lr == 7  # a flag comes before the demo's default
-    for name, value in module.DEMO.items():
-        assert name == "lr" or getattr(args, name) == value, name
-    with mock.patch.object(sys, "argv", [module.__name__, "--data-root", "x"]):
-        args = module.parse()
-    assert not args.demo and (args.layers, args.width) == ((3, 4, 23, 3), 64)
-    assert args.init == "imagenet"
+        out = succeed(bcl, BCL.removeprefix(PLACES), "--rounds 1 --warmup-iters 0")
+        assert "Demo" in out.splitlines()[0] and Path("runs/bcl/last.pth").exists()
+        out = succeed(eval_script, CPU, "--save-dir out")
+    assert "Built-in scenes" in out and "runs/bcl/last.pth" in out and "5 images" in out
 
 
 def test_the_house():
@@ -2542,42 +2142,34 @@ def test_the_house():
     files = {path.name for path in HERE.iterdir() if path.is_file() and path.name[0] != "."}
     scripts = {"intrada.py", "bcl.py", "eval.py", "common.py", "test_smoke.py"}
     assert files == scripts | {"README.md", "requirements.txt", "LICENSE"}
-    allowed = {"common": set(), "demo/scenes": {"common"}}
-    allowed.update(intrada={"common"}, bcl={"common"}, eval={"common"})
-    for name, ours in allowed.items():
+    for name in ("common", "demo/scenes", "intrada", "bcl", "eval"):
         text = (HERE / f"{name}.py").read_text()
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.M))
-        assert imported & {"intrada", "bcl", "eval", "common", "tools"} == ours, name
+        assert not imported & {"intrada", "bcl", "eval", "tools"}, name
         if name == "common":
             assert not imported & {"argparse", "demo"} and not re.search(r"\bargs\b", text)
-
-
-REMOVED = "StopSignal pthread_sigmask _action_groups ranking_content labels_digest refuse_outputs"
-REMOVED += " plan_outputs win32"
-
-
-def test_lines_are_short_and_removed_mechanisms_are_gone():
-    paths = [*HERE.glob("*.py"), *HERE.glob("demo/*.py"), *HERE.glob("tools/*.py")]
-    for path in paths:
+    removed = "StopSignal pthread_sigmask _action_groups ranking_content labels_digest"
+    removed += " refuse_outputs plan_outputs win32"
+    for path in [*HERE.glob("*.py"), *HERE.glob("demo/*.py"), *HERE.glob("tools/*.py")]:
         text = path.read_text()
-        long = [line for line in text.splitlines() if len(line) > 100]
-        assert not long, (path, long)
-        if path.name != "test_smoke.py":
-            assert not [name for name in REMOVED.split() if name in text], path
+        assert max(map(len, text.splitlines())) <= 100, path
+        assert path.name == "test_smoke.py" or not set(removed.split()) & set(re.split(r"\W", text))
 
 
 def test_commands_of_the_documents_parse():
     """A variable of the shell stands for 1, or for what $from is in the tables' preambles."""
     modules = {"intrada": intrada, "bcl": bcl, "eval": eval_script}
-    commands = []
+    parsed = []
     for name in ("README.md", "docs/results.md"):
         text = (HERE / name).read_text().replace("\\\n", " ")
         for common_flags in re.findall(r'^from="(.*)"$', text, re.M):
             text = text.replace("$from", common_flags)
         text = re.sub(r"\$\{?\w+(%[\w.]+)?\}?", "1", text)
-        commands += re.findall(r"(?:python|torchrun)[^\n`;#]* (\w+)\.py([^\n`;#]*)", text)
-    commands = [(modules[script], flags) for script, flags in commands if script in modules]
-    assert len(commands) > 20 and {module for module, _ in commands} == set(modules.values())
-    for module, flags in commands:
-        with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *shlex.split(flags)]):
-            module.parse()
+        for command in re.findall(r"(?:python|torchrun)[^\n`;#]* (\w+\.py[^\n`;#]*)", text):
+            script, *flags = shlex.split(command)
+            module = modules.get(script.removesuffix(".py"))
+            if module:
+                with mock.patch.object(sys, "argv", [script, *flags]):
+                    module.parse()
+                parsed.append(script)
+    assert len(parsed) > 20 and len(set(parsed)) == 3
