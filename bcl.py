@@ -89,7 +89,7 @@ from common import IGNORE, UserError
 
 # Defaults of the demo, that is, of a run without a data root.
 DEMO = dict(
-    init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
+    init="demo", layers=(1, 1, 1, 1), width=16,
     target_size=(256, 128), short_side=128, crop=128, scales=(1.0, 1.2), warmup_iters=0,
     warmup_short_side=128, warmup_crop=128, warmup_lr=1e-2, rounds=2, round_iters=400, lr=2e-3,
     lr_head_mult=0.3, static_ratio=0.5, lambda_ent=0.0,
@@ -182,7 +182,8 @@ def parse() -> argparse.Namespace:
     g.add_argument("--calibrate", action=on_off, default=True, help="add domain bias ξ (paper)")
 
     g = parser.add_argument_group("network")
-    g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
+    text = "imagenet, demo, none (random) or a weight file"
+    g.add_argument("--init", default="imagenet", help=text)
     text = "blocks of each stage"
     g.add_argument("--layers", type=common.block_counts, default="3,4,23,3", help=text)
     g.add_argument("--width", type=int, default=64, help="channels of the stem")
@@ -220,21 +221,25 @@ def parse() -> argparse.Namespace:
 def check(args):
     """Refuse values that would do harm in silence, and flags that contradict each other."""
     least = {"batch_size": 1, "rounds": 1, "round_iters": 1, "save_every": 1, "log_every": 1}
-    least.update(eval_every=0, warmup_iters=0, seed=0, workers=0)
+    least.update(eval_every=0, warmup_iters=0, seed=0, workers=0, width=1, lr=0, warmup_lr=0)
+    least.update(lr_head_mult=0, lambda_ce=0, lambda_ent=0, lambda_fcl=0, lambda_bcl=0)
+    least.update(target_weight=0)
     least.update(crop=32, short_side=32, warmup_crop=32, warmup_short_side=32)
     folders = args.source == args.target == "folder"
     resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
     mistakes = []
     for name, low in least.items():
         flag = f"--{name.replace('_', '-')}"
-        mistakes.append((getattr(args, name) < low, f"{flag} must be {low} or more."))
+        fine = getattr(args, name) >= low  # not so for nan
+        mistakes.append((not fine, f"{flag} must be {low} or more."))
     mistakes += [
         (min(args.target_size) < 32, "--target-size needs sides of 32 pixels or more."),
-        (min(args.scales) <= 0, "--scales must be above 0."),
+        (not all(0 < scale < 100 for scale in args.scales), "--scales must be above 0."),
+        (min(args.layers) < 1, "--layers needs 1 block or more in each stage."),
         (not 0 <= args.momentum <= 1, "--momentum is λ. Give 0 to 1."),
         (not 0 <= args.static_ratio <= 1, "--static-ratio is a share. Give 0 to 1."),
         (not -1 <= args.tau <= 1, "--tau is a cosine. Give -1 to 1."),
-        (args.temperature <= 0, "--temperature must be above 0."),
+        (not args.temperature > 0, "--temperature must be above 0."),
         (not 2 <= args.num_classes <= 255, "--num-classes must be 2 to 255."),
         (args.num_classes != 19 and not folders,
          "--num-classes other than 19 needs --source folder and --target folder."),

@@ -167,7 +167,7 @@ def fingerprint(names) -> str:
 
 def refuse_inside(out, folder):
     """Refuse an output folder inside a folder of images: the next run would read its pictures."""
-    if Path(os.path.abspath(out)).is_relative_to(os.path.abspath(folder)):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"{out} lies inside {folder}, whose images are read. Write elsewhere.")
 
 
@@ -289,7 +289,8 @@ class DeepLabV2(nn.Module):
 
     checkpoint_activations = False  # True: less memory; the backward pass runs blocks once more
     input_size = (1024, 512)  # (W, H) to which `predict` scales images; `load` sets its own
-    iterations = None  # of our own training; `load` sets it
+    iterations = None  # of our own training, and its settings; `load` sets them
+    settings = {}
 
     def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux=True):
         super().__init__()
@@ -579,7 +580,7 @@ def load(path) -> DeepLabV2:
     content = read_checkpoint(path)
     kind, state, _ = parse_weights(content, path)
     bias = state.get("layer6.conv2d_list.0.bias")
-    if bias is None:
+    if bias is None or "bn1.weight" not in state:
         raise UserError(f"{path} ({kind}) has no trained classifier. Name a trained checkpoint.")
     blocks = []
     for i in (1, 2, 3, 4):
@@ -595,14 +596,17 @@ def load(path) -> DeepLabV2:
     if kind == "our checkpoint":
         network.input_size = tuple(content["input_size"])
         network.iterations = content.get("iter")
+        network.settings = content.get("settings", {})
     return network.eval()
 
 
 def initial_weights(init: str):
     """Content of a weight file for an --init flag: None for "none", torchvision's ImageNet weights
-    for "imagenet", else that of the file."""
+    for "imagenet", demo/initial.pth for "demo", else that of the file."""
     if init == "none":
         return None
+    if init == "demo":
+        return read_checkpoint(Path(__file__).with_name("demo") / "initial.pth")
     if init != "imagenet":
         return read_checkpoint(init)
     weights = torchvision.models.ResNet101_Weights.IMAGENET1K_V1
@@ -703,17 +707,22 @@ def image_folder(kind: str, root, split: str = "train") -> Path:
     return Path(root) if "*" in first else Path(root, first)
 
 
+def hidden(name: str) -> bool:
+    """True for hidden files and folders, and for @eaDir, a file server's thumbnails."""
+    return name.startswith((".", "@eaDir"))
+
+
 def files_below(folder) -> list:
-    """The paths of all files in a folder and its folders, sorted. Links are followed. Hidden files
-    and folders, and @eaDir, a file server's thumbnails, are left out."""
+    """The paths of all files in a folder and its folders, sorted. Links are followed; what is
+    hidden is left out."""
 
     def stop(error):  # os.walk would leave out a folder that may not be read
         raise error
 
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir"))]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not hidden(name)]
+        found += [Path(parent, name) for name in names if not hidden(name)]
     return sorted(found)
 
 
@@ -723,7 +732,10 @@ def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
     The name is the path without the suffix, below the part of the pattern that has no *; for GTA5,
     whose archives unpack to 01_images/, 01_labels/ and so on, the file's own name.
     """
-    folders = sorted(path for path in root.glob(pattern) if path.is_dir())
+    folders = []
+    for path in sorted(root.glob(pattern)):
+        if path.is_dir() and not any(map(hidden, path.relative_to(root).parts)):
+            folders.append(path)
     if not folders:
         hint = "Check the dataset's root, and that every archive is unpacked."
         raise UserError(f"no folder {root / pattern} for {kind}. {hint}")
@@ -790,7 +802,7 @@ def keep_listed(files: dict, list_file) -> dict:
         lines = Path(list_file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{list_file} is not UTF-8 text. Save it as UTF-8.") from None
-    wanted = {line.strip().lstrip("/") for line in lines} - {""}
+    wanted = {line.strip().removeprefix("./").lstrip("/") for line in lines} - {""}
     unknown = sorted(wanted - names.keys())
     several = sorted(line for line in wanted - set(unknown) if len(names[line]) > 1)
     example = f"Write lines like {next(iter(files))}."
@@ -1390,6 +1402,8 @@ def earlier_run(folder, settings: dict):
             different.append(f"{name} is {found.get(name)} there and {settings.get(name)} here")
     if different:
         hint = "A run of these settings needs an --out of its own."
+        if found.get("images") != settings.get("images"):
+            hint += " (images: a hash of their names; another folder or list has others.)"
         raise UserError(f"{path} is of a run of other settings: {'; '.join(different)}. {hint}")
     return content
 
@@ -1462,7 +1476,7 @@ class Log:
         self.restart_clock(start)
         if rank() == 0:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        if start >= iters:
+        if start >= iters and any(record.get("iters") == iters for record in kept):
             print(f"{stage}: already trained, {self.path.with_name('last.pth')}")
             return
         header = {"event": "start", "stage": stage, "iters": iters, "data": data}
@@ -1508,7 +1522,8 @@ class Log:
         record = {name: value for name, value in result.items() if name != "confusion"}
         self.write(iter=it, event="evaluation", **record)
         self.evaluated[it] = mean_iou(result)
-        mean = f"mIoU {mean_iou(result):.1f} on {result['images']} validation images"
+        classes = len(result["iou"])
+        mean = f"mIoU {classes}: {mean_iou(result):.1f} on {result['images']} validation images"
         print(f"{self.stage} {it}/{self.iters}  {mean}", flush=True)
         self.restart_clock(it)  # an evaluation is not training time
 

@@ -78,6 +78,8 @@ def check(args):
         raise UserError("eval.py is one process. Start it without torchrun.")
     if args.input_size and min(args.input_size) < 32:
         raise UserError("--input-size needs sides of 32 pixels or more.")
+    if args.workers < 0:
+        raise UserError("--workers must be 0 or more.")
     if args.images and not args.save_dir:
         raise UserError("--images writes pictures of every image. Add --save-dir DIR.")
     if args.images and (args.data_root or args.target_root or args.target_list or args.label_ids):
@@ -219,7 +221,7 @@ def find_images(patterns: list, save_dir) -> dict:
             hint = f"Check the path. In a folder, {', '.join(common.PHOTOS)} are read."
             raise UserError(f"--images {pattern}: no image found. {hint}")
         for path, name in own.items():
-            if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(save_dir)):
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(save_dir)):
                 raise UserError(f"--save-dir {save_dir} holds {path}. Write elsewhere.")
             if name in found and os.path.abspath(found[name]) != os.path.abspath(path):
                 both = f"{found[name]} and {path} would both be written as {name}_*.png"

@@ -60,7 +60,7 @@ from common import IGNORE, UserError
 
 # Defaults of the demo, that is, of a run without a data root.
 DEMO = dict(
-    init=str(Path(__file__).with_name("demo") / "initial.pth"), layers=(1, 1, 1, 1), width=16,
+    init="demo", layers=(1, 1, 1, 1), width=16,
     source_size=(256, 128), target_size=(256, 128), batch_size=2, max_iters=400, lr=3e-3,
     lr_head_mult=0.3, lr_d=3e-4, lambda_adv_main=2e-2, lambda_adv_aux=4e-3,
     eval_every=200, save_every=100, log_every=20, workers=0,
@@ -134,7 +134,8 @@ def parse() -> argparse.Namespace:
     g.add_argument("--normalize-entropy", action=on_off, default=False, help=text)
 
     g = parser.add_argument_group("network")
-    g.add_argument("--init", default="imagenet", help="imagenet, none (random) or a weight file")
+    text = "imagenet, demo, none (random) or a weight file"
+    g.add_argument("--init", default="imagenet", help=text)
     text = "blocks of each stage"
     g.add_argument("--layers", type=common.block_counts, default="3,4,23,3", help=text)
     g.add_argument("--width", type=int, default=64, help="stem channels, also D's")
@@ -178,7 +179,8 @@ def parse() -> argparse.Namespace:
 def check(args):
     """Refuse values that would do harm in silence, and flags that contradict each other."""
     least = {"batch_size": 1, "max_iters": 1, "stop_iters": 1, "save_every": 1, "log_every": 1}
-    least.update(eval_every=0, seed=0, workers=0)
+    least.update(eval_every=0, seed=0, workers=0, width=1, lr=0, lr_d=0, lr_head_mult=0)
+    least.update(lambda_seg_main=0, lambda_seg_aux=0, lambda_adv_main=0, lambda_adv_aux=0)
     sides = (*args.source_size, *args.target_size)
     folders = args.source == args.target == "folder"
     resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
@@ -186,7 +188,8 @@ def check(args):
     mistakes = []
     for name, low in least.items():
         flag = f"--{name.replace('_', '-')}"
-        mistakes.append((getattr(args, name) < low, f"{flag} must be {low} or more."))
+        fine = getattr(args, name) >= low  # not so for nan
+        mistakes.append((not fine, f"{flag} must be {low} or more."))
     mistakes += [
         (min(sides) < 32, "--source-size and --target-size need sides of 32 pixels or more."),
         (not 0 <= args.ratio <= 1, "--ratio is a share. Give 0 to 1."),
@@ -200,7 +203,8 @@ def check(args):
          "--source folder needs --source-root, with images/ and labels/ in it."),
         (args.target == "folder" and not args.target_root,
          "--target folder needs --target-root, with images/ in it."),
-        (args.source_root and args.source_root == args.target_root,
+        (min(args.layers) < 1, "--layers needs 1 block or more in each stage."),
+        (args.source_root and args.source_root == args.target_root and not ceiling,
          "--source-root and --target-root are the same folder. Name two."),
         (ceiling and args.alignment != "none",
          "--source cityscapes is the target, too. To train on the target's labels add "
@@ -451,7 +455,7 @@ def read_ranking(folder: Path, images: dict, size: tuple, classes: tuple) -> tup
     """(rows {name, entropy, normalized_entropy}, content of ranking.json) of a ranking. UserError
     if it is of other images, another input size or another class count."""
     if not (folder / "ranking.json").exists():
-        raise UserError(f"no ranking in {folder}. Run --stage 2 first.")
+        raise UserError(f"no ranking in {folder}. Run --stage 2, or name a stage2/ folder.")
     made_with = json.loads((folder / "ranking.json").read_text())
     expected = {
         "images": common.fingerprint(images),
@@ -492,10 +496,12 @@ def stage_1(args, settings, images, classes, validation, device):
     if args.alignment == "none":
         images = {}
     settings = {**settings, "images": common.fingerprint([*pairs, *images])}
-    if args.stage == "all" and (args.out / "stage2").exists():
+    later = [args.out / name for name in ("stage2", "stage3") if (args.out / name).exists()]
+    if args.stage == "all" and later:
         found = common.earlier_run(folder, settings)
         if found is None or found["iter"] < args.stop_iters:
-            raise UserError(f"{args.out / 'stage2'} is older than stage 1 will be. Remove it.")
+            names = " and ".join(map(str, later))
+            raise UserError(f"stage 1 is not finished, but there is {names}. Remove it.")
     target = common.Images(images, args.target_size, seed=args.seed + 1)
     train(args, settings, folder, source, target, validation, device)
 
@@ -533,6 +539,8 @@ def stage_2(args, images, classes, device):
     rows = rank_images(G, dataset, partial / "labels", classes, args.workers, device)
     easy, hard = easy_and_hard(rows, args.ratio, args.normalize_entropy)
     if common.rank() == 0:
+        # What training made the weights, apart from its seed: so runs over seeds can be compared.
+        of_any_seed = [f"{k}={v}" for k, v in network.settings.items() if k != "seed"]
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -541,6 +549,7 @@ def stage_2(args, images, classes, device):
         made_with = {
             "checkpoint": os.path.relpath(checkpoint, args.out),
             "weights": network.digest,
+            "settings": common.fingerprint(of_any_seed),
             "images": common.fingerprint(images),
             "input_size": list(args.target_size),
             "num_classes": len(classes),
@@ -579,6 +588,7 @@ def stage_3(args, settings, images, classes, validation, device):
         "normalize_entropy": str(args.normalize_entropy),
         "images": common.fingerprint(images),
         "ranking": made_with["weights"],
+        "ranking_settings": made_with["settings"],
     }
     train(args, settings, args.out / "stage3", source, target, validation, device)
 

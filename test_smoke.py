@@ -913,6 +913,12 @@ def test_files_and_folders_in_order_behind_links_missing_or_twice(tmp_path):
     Path("images/elsewhere").rename("elsewhere")
     Path("images/more").symlink_to("../elsewhere")
     assert list(common.list_pairs("folder", tmp_path)) == fine
+    draw("A/rgb_anon/fog/train/x_rgb_anon.png")
+    for copy_of in (".fog_old", "@eaDir"):
+        shutil.copytree("A/rgb_anon/fog", f"A/rgb_anon/{copy_of}")
+    assert list(common.list_images("acdc", tmp_path / "A")) == ["fog/train/x"]
+    Path("link").symlink_to(tmp_path / "images")
+    refused("lies inside", common.refuse_inside, "link/run", "images")
     draw("images/d.png")
     refused("7 images but 6 labels.*first: d", common.list_pairs, "folder", tmp_path)
     draw("images/9.jpg")
@@ -1251,7 +1257,7 @@ def test_stage_2_refuses_the_unfinished_stage_1_of_its_out():
     assert not Path("run/stage2").exists()
     named = "--stage 2 --ckpt run/stage1/last.pth"  # is meant (D5: the best by hand)
     succeed(intrada, INTRADA, named)
-    refuses("run/stage2 is older than stage 1", intrada, INTRADA)
+    refuses("stage 1 is not finished, but there is run/stage2", intrada, INTRADA)
     assert "already ranked" in succeed(intrada, INTRADA, named)
 
 
@@ -1269,7 +1275,7 @@ def test_a_ranking_of_something_else_is_refused(trained):
     shutil.copy("other.pth", "run/stage1/last.pth")
     refuses("made with weights other than", intrada, INTRADA, "--stage 3")
     refuses("Run --stage 1 first", intrada, INTRADA, "--stage 2 --out new")
-    refuses("Run --stage 2 first", intrada, INTRADA, "--stage 3 --out new")
+    refuses("Run --stage 2, or name", intrada, INTRADA, "--stage 3 --out new")
 
 
 # ====================================================================== BCL's rounds
@@ -1661,7 +1667,9 @@ EITHER = [  # flags that both scripts refuse; what the sentence names
     ("--source cityscapes", "--source cityscapes"), ("--source-root folder", "folder/images"),
     ("--source folder --source-root folder --target folder --target-root folder", "same folder"),
     ("--compile --checkpoint-activations", "--compile"), ("--out file/run", "file"),
-    ("--target-list nowhere.txt", "nowhere.txt"),
+    ("--target-list nowhere.txt", "nowhere.txt"), ("--workers -1", "--workers"),
+    ("--seed -1", "--seed"), ("--lr-head-mult -1", "--lr-head-mult"), ("--lr nan", "--lr"),
+    ("--layers 0,1,1,1", "--layers"),
     ("--source-list file", "file: 0 of 1 names found"),
 ]  # fmt: skip
 MISTAKES = [(module, *row) for module in (intrada, bcl) for row in EITHER]
@@ -1673,6 +1681,7 @@ MISTAKES += [
     (intrada, "--stage 2 --ckpt seven.pth", "seven.pth"),
     (bcl, "--tau 2", "--tau"), (bcl, "--momentum 1.5", "--momentum"), (bcl, "--crop 16", "--crop"),
     (bcl, "--temperature 0", "--temperature"), (bcl, "--static-ratio 10", "--static-ratio"),
+    (bcl, "--lambda-fcl -1", "--lambda-fcl"), (bcl, "--scales inf", "--scales"),
     (bcl, "--labels mine", "--labels"), (bcl, "--scales 1,x", "--scales"),
 ]  # fmt: skip
 
@@ -2003,8 +2012,11 @@ def test_compare_stops_at_runs_that_differ_in_more_than_their_seed():
         write_log(f"runs/t{seed}/log.jsonl", "bcl", seed, (1, 2), tau=f"0.{seed}", lr="1")
         write_log(f"runs/e{seed}/log.jsonl", "bcl", 7, (1, 2))
         write_log(f"runs/n{seed}/log.jsonl", "bcl", seed, (1,) * (2 - seed))
+        ranked = {"ranking": f"{seed}", "ranking_settings": f"of {seed}"}
+        write_log(f"runs/r{seed}/log.jsonl", "stage3", seed, (1, 2), **ranked)
     refusals = {"x=runs/t?": "tau is 0.0 and 0.1.", "x=runs/i?": "lr of --init is 0 and 1."}
     refusals.update({"x=runs/e?": "seed 7 occurs twice", "x=runs/n?": "n1/log.jsonl has 10 of 20"})
+    refusals["x=runs/r?"] = "ranking_settings is of 0 and of 1"
     refusals.update({"x=nowhere*": "matches no run", "runs/t0": "write NAME=GLOB"})
     for row, culprit in refusals.items():
         refuses(culprit, tool("tools/compare"), row)

@@ -263,7 +263,8 @@ def main():
     pairs = common.list_pairs(settings["source"], source_root)
     files = [*pairs, *common.list_images(settings["target"], target_root)]
     if drawn and settings["images"] != common.fingerprint(files):
-        raise UserError(f"{args.run} was not trained on the built-in scenes. Add --data-root.")
+        what = f"{args.run} was trained on other images than all built-in scenes"
+        raise UserError(f"{what}. Name them; for a list of these scenes: --data-root data/scenes.")
     seed = settings["seed"]
     source = common.Labelled(pairs, settings["source"], classes, transform=transform, seed=seed)
 

@@ -101,6 +101,8 @@ def main():
     add("--out", default="tsne", help="files to write, without .npz and .png (tsne)")
     add("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     args = parser.parse_args()
+    if min(args.images, args.points) < 1:
+        raise UserError("--images and --points must be 1 or more.")
     device = common.set_up(args.device)
     network = common.inference_copy(common.load(args.ckpt)).to(device)
     if not (args.data_root or args.source_root or args.target_root):
