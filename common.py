@@ -119,6 +119,8 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+        if isinstance(error.__context__, KeyboardInterrupt):  # and Ctrl-C, too
+            raise KeyboardInterrupt from None
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot write {path} ({reason}). Check the path and the disk's space.")
 
