@@ -1,6 +1,6 @@
 """Tests: formulas against plain loops, files made by hand, every script from end to end.
 
-    python -m pytest -q test_smoke.py        about 75 seconds on 2 CPU cores; no network needed
+    python -m pytest -q test_smoke.py        about two minutes on 2 CPU cores; no network needed
 
 Contents: helpers · IntraDA's formulas · evaluation · BCL's formulas · network · weight files ·
           labels and images · dataset layouts · readers · the training loops · IntraDA's stages ·
