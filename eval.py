@@ -1,4 +1,4 @@
-"""Scores checkpoints on labelled images, and segments images without labels.
+"""Score checkpoints on labelled images, or segment images that have no labels.
 
     python eval.py                                       newest last.pth below runs/, drawn scenes
     python eval.py --ckpt A.pth B.pth --data-root DIR    mean of two networks, Cityscapes val
@@ -8,12 +8,12 @@
     python eval.py --ckpt A.pth --data-root DIR --label-ids --save-dir ids --split test
                                                          files for its test server; no label is read
 
-Checkpoints are ours or of the published kinds (AdvEnt, IntraDA, BCL, single-level DeepLab). The
-architecture is read off the file. The logits are upsampled to the label's or the image's own size.
+Checkpoints are ours or of the published kinds (AdvEnt, IntraDA, BCL, single-level DeepLab). A file
+tells its architecture. Logits are upsampled to the label's or the image's own size.
 
---save-dir gets scores.json, panel.png, <name>_trainids.png and <name>_entropy.png (black 0, white
-1), for --images also <name>_overlay.png. --label-ids writes <name>_pred_labelIds.png in place of
-these pictures: Cityscapes' evaluator refuses a folder with two pictures of one image.
+--save-dir receives <name>_trainids.png and <name>_entropy.png (black 0, white 1); for labelled
+images also scores.json and panel.png; for --images also <name>_overlay.png. --label-ids replaces an
+image's pictures by <name>_pred_labelIds.png: Cityscapes' evaluator refuses two of one image.
 
 Not supported: averages over scales or mirror images, several processes (torchrun).
 """
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     g = parser.add_argument_group("network")
     text = "weight files; several are averaged; none: the newest last.pth below runs/"
     g.add_argument("--ckpt", type=Path, nargs="*", metavar="FILE", help=text)
-    text = "WxH that the network sees; by default as the first file says, see --images"
+    text = "WxH that the network sees; default: the first file's, but see --images"
     g.add_argument("--input-size", type=common.WxH, help=text)
     g.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
 
@@ -55,18 +55,18 @@ def parse() -> argparse.Namespace:
     text = "folder with Cityscapes/, ...; none: drawn scenes"
     g.add_argument("--data-root", type=Path, help=text)
     g.add_argument("--target", choices=common.TARGETS, default="cityscapes", help="dataset")
-    g.add_argument("--target-root", type=Path, help="its folder, if not below --data-root")
+    g.add_argument("--target-root", type=Path, help="own folder, if not in --data-root")
     g.add_argument("--split", choices=("train", "val", "test"), default="val", help="which part")
     g.add_argument("--target-list", type=Path, help="text file: the images to score, one a line")
-    text = "reading processes; raise it if the GPU waits for images"
+    text = "reader processes; raise it if the GPU waits for images"
     g.add_argument("--workers", type=int, default=2, help=text)
 
     g = parser.add_argument_group("your images")
-    text = "files, folders, globs to segment, unscored; each keeps its aspect"
+    text = "files, folders, globs to segment without scores; aspect is kept"
     g.add_argument("--images", nargs="+", metavar="PATH", help=text)
 
     g = parser.add_argument_group("output")
-    g.add_argument("--save-dir", type=Path, metavar="DIR", help="folder of all that is written")
+    g.add_argument("--save-dir", type=Path, metavar="DIR", help="folder for all output")
     text = "with --save-dir: Cityscapes' label ids, for its evaluator and server"
     g.add_argument("--label-ids", action="store_true", help=text)
     return parser.parse_args()
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
 def check(args):
     """Refuse flags that contradict each other, and scores that would mean nothing."""
     if dist.is_torchelastic_launched():
-        raise UserError("eval.py is one process. Start it without torchrun.")
+        raise UserError("eval.py runs as one process. Start it without torchrun.")
     if args.input_size and min(args.input_size) < 32:
         raise UserError("--input-size needs sides of 32 pixels or more.")
     if args.workers < 0:
@@ -88,7 +88,7 @@ def check(args):
     if args.label_ids and not args.save_dir:
         raise UserError("--label-ids writes a picture of every image. Add --save-dir DIR.")
     if args.label_ids and args.target == "folder":
-        raise UserError("--label-ids are Cityscapes'. A plain folder has none: leave it out.")
+        raise UserError("--label-ids are Cityscapes' ids. A plain folder has none. Leave it out.")
     if args.target == "folder" and not args.target_root:
         raise UserError("--target folder needs --target-root, with images/ and labels/ in it.")
     if args.target == "cityscapes" and args.split == "test" and not args.label_ids:
@@ -99,9 +99,10 @@ def check(args):
 
 
 def load_networks(paths, device) -> dict:
-    """{path: network on the device} of checkpoints that agree in their classes, and says what was
-    loaded. No path: the newest last.pth below runs/."""
+    """Load checkpoints as {path: network on the device} and print what was loaded. Without a path,
+    load the newest last.pth below runs/. UserError if their class counts differ."""
     if not paths:
+        # The file that was written last is what one has just trained.
         trained = glob.glob("runs/**/last.pth", recursive=True)
         if not trained:
             raise UserError("no last.pth below runs/. Train first, or name a file with --ckpt.")
@@ -113,15 +114,16 @@ def load_networks(paths, device) -> dict:
     counts = {path: network.num_classes for path, network in networks.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{path} has {count}" for path, count in counts.items())
-        raise UserError(f"networks of different class counts cannot be averaged: {found}.")
+        raise UserError(f"networks of different class counts have no average: {found}. Drop one.")
     return networks
 
 
-def data_set(args, num_classes: int) -> tuple:
-    """(root, class names) of the dataset for networks of `num_classes` classes; that of the
-    built-in scenes if no folder is named."""
+def find_dataset(args, num_classes: int) -> tuple:
+    """(root, class names) of the flags' dataset, for networks of `num_classes` classes. Without a
+    folder: the built-in scenes. UserError if classes do not fit, or --save-dir lies inside."""
+    # A plain folder's labels are trainIds of any number; the ids of other datasets map to 19.
     if args.target != "folder" and num_classes != 19:
-        hint = "Take a network of 19, or --target folder."
+        hint = "Use a network of 19 classes, or --target folder."
         raise UserError(f"the network predicts {num_classes} classes, {args.target} has 19. {hint}")
     data_root = args.data_root
     if args.target == "cityscapes" and not (data_root or args.target_root):
@@ -137,34 +139,35 @@ def data_set(args, num_classes: int) -> tuple:
 
 
 def write_pictures(folder, name: str, logits: Tensor, prediction: Tensor, classes: tuple):
-    """<folder>/<name>_trainids.png, with a palette, and _entropy.png, black 0, white 1, of logits
-    (1,C,h,w) and prediction (H,W) uint8."""
+    """Write <folder>/<name>_trainids.png, with a palette, and <name>_entropy.png (black 0, white 1)
+    at the size of the prediction (H,W) uint8 trainIds, from logits (1,C,h,w) at stride 8."""
     trainids = prediction.cpu().numpy()
+    # Pixel values stay trainIds; the palette only shows them in colour.
     common.write_png(folder / f"{name}_trainids.png", trainids, classes)
     entropy = common.entropy_map(logits, trainids.shape[::-1])[0]  # (H, W)
     common.write_png(folder / f"{name}_entropy.png", common.grey(entropy))
 
 
 def write_label_ids(folder, name: str, prediction: Tensor):
-    """<folder>/<name's last part>_pred_labelIds.png of a prediction (H,W) of trainIds."""
+    """Write <folder>/<file name>_pred_labelIds.png: trainIds (H,W) as Cityscapes' label ids."""
+    # Cityscapes' evaluator reads label ids, not trainIds; and it finds a file by its image's name.
     ids = np.array(common.CITYSCAPES_IDS, dtype=np.uint8)[prediction.cpu().numpy()]
     common.write_png(folder / f"{name.split('/')[-1]}_pred_labelIds.png", ids)
 
 
 def score(args, networks: dict, device):
-    """Print the IoU of the networks' mean on labelled images. With --save-dir write scores.json,
-    panel.png and the pictures of every image."""
+    """Print IoU in percent of the networks' mean logits on labelled images. With --save-dir write
+    scores.json (percent; confusion in pixels), panel.png and the pictures of every image."""
     first = next(iter(networks.values()))
-    root, classes = data_set(args, first.num_classes)
+    root, classes = find_dataset(args, first.num_classes)
     pairs = common.keep_listed(common.list_pairs(args.target, root, args.split), args.target_list)
+    # All networks see one size, since logits of different shapes have no mean.
     size = args.input_size or first.input_size
     dataset = common.Labelled(pairs, args.target, classes, size, native_labels=True)
     dataset.check_samples()
-    split = args.split
-    title = f"{args.target} {split}"
-    if "{split}" not in common.find_layout(args.target, root, split).images:
-        split = None
-        title = f"all images of {root}"
+    # A dataset without splits is scored as a whole, whatever --split says.
+    has_splits = "{split}" in common.find_layout(args.target, root, args.split).images
+    title = f"{args.target} {args.split}" if has_splits else f"all images of {root}"
 
     def write(name, logits, prediction):
         if args.label_ids:
@@ -178,15 +181,16 @@ def score(args, networks: dict, device):
     print(f"{result['images']} images, {result['images'] / result['seconds']:.2f} images/s")
     if not args.save_dir:
         return
-    about = {
+    provenance = {
         "ckpt": [str(path) for path in networks],
         "input_size": size,
         "target": args.target,
-        "split": split,
+        "split": args.split if has_splits else None,
         "target_list": args.target_list and str(args.target_list),
     }
     result["confusion"] = result["confusion"].tolist()
-    common.write_text(args.save_dir / "scores.json", json.dumps({**about, **result}) + "\n")
+    common.write_text(args.save_dir / "scores.json", json.dumps({**provenance, **result}) + "\n")
+    # The panel shows each network by itself, not their mean.
     columns = {"prediction": common.inference_copy(first)}
     if len(networks) > 1:
         columns = {str(path): common.inference_copy(network) for path, network in networks.items()}
@@ -201,12 +205,12 @@ def score(args, networks: dict, device):
 
 
 def find_images(patterns: list, save_dir) -> dict:
-    """{name: path} of the images that files, folders and globs name. The name is the path below the
-    named folder, or the file's own name, without its ending."""
+    """{name: path} of the images that the files, folders and globs give. A name is the path below
+    the given folder, or the file's name, without the ending. UserError if two share a name."""
     found = {}
     for pattern in patterns:
         matches = [pattern]
-        if not os.path.exists(pattern):  # a glob that the shell left alone
+        if not os.path.exists(pattern):  # a glob that the shell did not expand
             matches = sorted(glob.glob(pattern, recursive=True))
         own = {}
         for path in map(Path, matches):
@@ -221,50 +225,53 @@ def find_images(patterns: list, save_dir) -> dict:
             hint = f"Check the path. In a folder, {', '.join(common.PHOTOS)} are read."
             raise UserError(f"--images {pattern}: no image found. {hint}")
         for path, name in own.items():
+            # Otherwise the next run would take its own pictures for images.
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(save_dir)):
-                raise UserError(f"--save-dir {save_dir} holds {path}. Write elsewhere.")
+                raise UserError(f"--save-dir {save_dir} holds {path}. Choose another folder.")
             if name in found and os.path.abspath(found[name]) != os.path.abspath(path):
                 both = f"{found[name]} and {path} would both be written as {name}_*.png"
-                raise UserError(f"{both}. Rename one, or segment them one after the other.")
+                raise UserError(f"{both}. Rename one, or give each a --save-dir of its own.")
             found[name] = path
     return found
 
 
 class Photos(common.Images):
-    """An item is {"photo": (H,W,3) uint8 RGB at its own size, "image": the same as the network sees
-    it}, or {"error": a sentence} for a file that cannot be read.
+    """Photos of any size. An item is {"photo": (H,W,3) uint8 RGB at its own size, "image": as the
+    network sees it}. A file that cannot be read gives {"error": a sentence}.
 
     The network sees `size`, or without one the photo's own aspect with the area of `like` (W,H).
     """
 
-    like = (1024, 512)
+    def __init__(self, images: dict, size, like: tuple):
+        super().__init__(images, size)
+        self.like = like
 
     def __getitem__(self, index: int) -> dict:
         try:
             photo, _ = self.open(index)
         except (UserError, OSError) as error:
             return {"error": str(error)}
+        # As many pixels as in training: the network knows objects of that scale.
         size = self.size or common.same_area(photo.size, self.like)
         return {"photo": np.array(photo), "image": np.array(common.resize(photo, size, "image"))}
 
 
 @torch.no_grad()
 def segment(args, networks: dict, device):
-    """Write the pictures of --images, or with --label-ids the ids of a test split, whose labels are
-    never opened. A file that cannot be read is named and left out; the exit status is then 2."""
+    """Write the pictures of --images, or with --label-ids the ids of a test split (no label is
+    opened). An unreadable file is named and left out, and in the end a UserError counts them."""
     first = next(iter(networks.values()))
     if args.images:
         classes = common.class_names(first.num_classes)
         images = find_images(args.images, args.save_dir)
         size = args.input_size
     else:
-        root, classes = data_set(args, first.num_classes)
+        root, classes = find_dataset(args, first.num_classes)
         files = common.list_images(args.target, root, args.split)
         images = common.keep_listed(files, args.target_list)
         size = args.input_size or first.input_size  # as `score` sees a dataset
-    photos = Photos(images, size)
-    photos.like = first.input_size
-    torch.backends.cudnn.benchmark = False  # it would look at every new size of photo
+    photos = Photos(images, size, first.input_size)
+    torch.backends.cudnn.benchmark = False  # it times its algorithms for every new size
     copies = [common.inference_copy(network) for network in networks.values()]
     left_out = 0
     for name, item in zip(images, common.one_by_one(photos, args.workers)):
@@ -272,18 +279,20 @@ def segment(args, networks: dict, device):
             left_out += 1
             print(f"left out: {item['error']}")
             continue
-        x = common.to_device(item["image"], device).permute(2, 0, 1)[None]  # (1, 3, h, w)
+        x = common.image_tensor(item["image"], device)  # (1, 3, h, w)
         photo = item["photo"]  # (H, W, 3)
-        logits = common.main_logits(copies, x)
+        logits = common.mean_logits(copies, x)
         prediction = common.upsampled_argmax(logits, (photo.shape[1], photo.shape[0]))[0]  # (H, W)
         if args.label_ids:
             write_label_ids(args.save_dir, name, prediction)
             continue
         write_pictures(args.save_dir, name, logits, prediction, classes)
+        # Half photo, half class colour, so that both can be seen.
         colours = common.palette(classes)[prediction.cpu().numpy()]  # (H, W, 3)
-        overlay = (photo.astype(np.uint16) + colours) // 2
+        overlay = (photo.astype(np.uint16) + colours) // 2  # a sum of two bytes needs 16 bits
         common.write_png(args.save_dir / f"{name}_overlay.png", overlay.astype(np.uint8))
     print(f"{len(images) - left_out} images segmented: {args.save_dir}")
+    # Only now, so that one bad file does not cost the others.
     if left_out:
         raise UserError(f"{left_out} of {len(images)} images could not be read. See above.")
 
@@ -294,7 +303,7 @@ def segment(args, networks: dict, device):
 def main():
     args = parse()
     check(args)
-    device = common.set_up(args.device)
+    device = common.set_up_device(args.device)
     networks = load_networks(args.ckpt, device)
     if args.images or (args.label_ids and args.split == "test"):
         segment(args, networks, device)

