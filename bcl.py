@@ -226,6 +226,7 @@ def check(args):
     lowest.update(target_weight=0)
     lowest.update(crop=32, short_side=32, warmup_crop=32, warmup_short_side=32)
     both_folders = args.source == args.target == "folder"
+    same_root = args.source_root and args.source_root == args.target_root
     is_resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
     checks = []
     for name, low in lowest.items():
@@ -247,11 +248,9 @@ def check(args):
          "--source folder needs --source-root, with images/ and labels/ in it."),
         (args.target == "folder" and not args.target_root,
          "--target folder needs --target-root, with images/ in it."),
-        (args.source_root and args.source_root == args.target_root,
-         "--source-root and --target-root are the same folder. Name two both_folders."),
-        (args.source == args.target == "cityscapes",
-         "--source cityscapes is also the target. To train on the target's labels, use "
-         "intrada.py --stage 1 --alignment none."),
+        (args.source == args.target == "cityscapes" or same_root,
+         "source and target are the same folder. Name two folders. To train on the target's labels, "
+         "use intrada.py --stage 1 --alignment none."),
         (args.init == "imagenet" and not is_resnet101,
          "--init imagenet is a ResNet-101. It needs --layers 3,4,23,3 --width 64."),
         (args.compile and args.checkpoint_activations,

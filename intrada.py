@@ -186,7 +186,9 @@ def check(args):
     sides = (*args.source_size, *args.target_size)
     both_folders = args.source == args.target == "folder"
     is_resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
-    target_labelled = args.source == args.target == "cityscapes"  # upper bound: target's labels
+    same_images = args.source == args.target == "cityscapes" or (
+        args.source_root and args.source_root == args.target_root
+    )
     checks = []
     for name, low in lowest.items():
         value = getattr(args, name)
@@ -206,11 +208,9 @@ def check(args):
         (args.target == "folder" and not args.target_root,
          "--target folder needs --target-root, with images/ in it."),
         (min(args.layers) < 1, "--layers needs 1 block or more in each stage."),
-        (args.source_root and args.source_root == args.target_root and not target_labelled,
-         "--source-root and --target-root are the same folder. Name two both_folders."),
-        (target_labelled and args.alignment != "none",
-         "--source cityscapes is also the target. To train on the target's labels, add "
-         "--alignment none."),
+        (same_images and args.alignment != "none",
+         "source and target are the same folder. Name two folders. To train on the target's labels, "
+         "add --alignment none."),
         (args.bn == "running" and args.alignment == "batchnorm",
          "--alignment batchnorm has no effect with --bn running. Use --bn batch."),
         (args.init == "imagenet" and not is_resnet101 and args.stage != "2",
@@ -513,7 +513,7 @@ def stage_1(args, settings, images, classes, validation, device):
     folder = args.out / "stage1"
     target_images = {} if args.alignment == "none" else images
     settings = {**settings, "images": common.fingerprint([*source_pairs, *target_images])}
-    # Training on would change the weights from which the later_stages stages were made.
+    # Training on would change the weights from which the later stages were made.
     later_stages = [args.out / name for name in ("stage2", "stage3") if (args.out / name).exists()]
     if args.stage == "all" and later_stages:
         earlier = common.earlier_checkpoint(folder, settings)

@@ -1665,7 +1665,7 @@ EITHER = [  # flags that both scripts refuse; what the sentence names
     ("--init file", "file cannot be read"), ("--init trunk.pth", "trunk.pth"),
     ("--data-root nowhere", "nowhere"), ("--target-root nowhere", "nowhere"),
     ("--target folder", "--target-root"),
-    ("--source cityscapes", "--source cityscapes"), ("--source-root folder", "folder/images"),
+    ("--source cityscapes", "same folder"), ("--source-root folder", "folder/images"),
     ("--source folder --source-root folder --target folder --target-root folder", "same folder"),
     ("--compile --checkpoint-activations", "--compile"), ("--out file/run", "file"),
     ("--target-list nowhere.txt", "nowhere.txt"), ("--workers -1", "--workers"),
@@ -1743,6 +1743,9 @@ def test_lists_and_plain_folders_of_three_classes(module):
         assert "2 labelled images, no target" in records("run/stage3", "start")[0]["data"]
         refuses("ratio is 1.0 there and 0.5 here", module, INTRADA, flags, "--ratio 0.5")
         refuses("--normalize-entropy", module, INTRADA, flags, "--normalize-entropy --out n")
+        ceiling = "--source-root target --source-list target.txt --stage 1 --out ceiling"
+        succeed(module, INTRADA, flags, ceiling, "--alignment none")
+        refuses("same folder", module, INTRADA, flags, ceiling)
     Path("source/classes.txt").write_text("cat\nhen\ndog\n")
     refuses("different classes", module, FLAGS[module], flags, "--out new")
 
@@ -2179,13 +2182,13 @@ def test_the_house():
 
 
 def test_commands_of_the_documents_parse():
-    """Each shell variable is replaced by 1, and $from by the flags that the page gives it."""
+    """A shell variable is replaced by what the page sets it to, the variable of a loop by 1."""
     modules = {"intrada": intrada, "bcl": bcl, "eval": eval_script}
     parsed = []
     for name in ("README.md", "docs/results.md"):
         text = (HERE / name).read_text().replace("\\\n", " ")
-        for common_flags in re.findall(r'^from="(.*)"$', text, re.M):
-            text = text.replace("$from", common_flags)
+        for variable, flags in re.findall(r'^(\w+)="(.*)"$', text, re.M):
+            text = text.replace(f"${variable} ", f"{flags} ")
         text = re.sub(r"\$\{?\w+(%[\w.]+)?\}?", "1", text)
         for command in re.findall(r"(?:python|torchrun)[^\n`;#]* (\w+\.py[^\n`;#]*)", text):
             script, *flags = shlex.split(command)
