@@ -755,7 +755,13 @@ def list_files(kind: str, root: Path, pattern: str, suffixes: tuple) -> dict:
         found[name] = path
     if not found:
         raise UserError(f"no file *{', *'.join(suffixes)} in {folders[0]}. Check the set's root.")
-    return dict(sorted(found.items()))
+    return {name: found[name] for name in sorted(found, key=numeric_order)}
+
+
+def numeric_order(name: str) -> tuple:
+    """Return a sort key that puts 10 after 9: Synscapes has 1.png, 2.png, ..., 10.png."""
+    folder, _, last = name.rpartition("/")
+    return folder, int(last) if last.isdecimal() else -1, last
 
 
 def list_images(kind: str, root, split: str = "train") -> dict:
