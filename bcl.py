@@ -249,7 +249,7 @@ def check(args):
         (args.target == "folder" and not args.target_root,
          "--target folder needs --target-root, with images/ in it."),
         (args.source == args.target == "cityscapes" or same_root,
-         "source and target are the same folder. Name two folders. To train on the target's labels, "
+         "source and target are the same folder. Name two. To train on the target's labels, "
          "use intrada.py --stage 1 --alignment none."),
         (args.init == "imagenet" and not is_resnet101,
          "--init imagenet is a ResNet-101. It needs --layers 3,4,23,3 --width 64."),

@@ -209,7 +209,7 @@ def check(args):
          "--target folder needs --target-root, with images/ in it."),
         (min(args.layers) < 1, "--layers needs 1 block or more in each stage."),
         (same_images and args.alignment != "none",
-         "source and target are the same folder. Name two folders. To train on the target's labels, "
+         "source and target are the same folder. Name two. To train on the target's labels, "
          "add --alignment none."),
         (args.bn == "running" and args.alignment == "batchnorm",
          "--alignment batchnorm has no effect with --bn running. Use --bn batch."),
