@@ -88,7 +88,7 @@ from common import IGNORE, UserError
 # ====================================================================== arguments
 
 # Defaults of the demo: a run without a data root. Its 800 iterations of a small network need a
-# larger rate than the 100,000 of a ResNet-101. D19 lists what differs.
+# larger rate than the 100,000 of a ResNet-101. D19 says what changes numbers.
 DEMO = dict(
     init="demo", layers=(1, 1, 1, 1), width=16,
     target_size=(256, 128), short_side=128, crop=128, scales=(1.0, 1.2), warmup_iters=0,
@@ -108,7 +108,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     pass
 
 
-def scales(text: str) -> tuple:
+def scale_factors(text: str) -> tuple:
     """Numbers with commas between them: "0.8,1.2" to (0.8, 1.2)."""
     return tuple(map(float, text.split(",")))
 
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
     text = "WxH of images for static labels and for validation (released)"
     g.add_argument("--target-size", type=common.WxH, default="1460x730", help=text)
     g.add_argument("--short-side", type=int, default=850, help="pixels before crop (released)")
-    g.add_argument("--scales", type=scales, default="0.8,1.0,1.2", help="side factors (released)")
+    g.add_argument("--scales", type=scale_factors, default="0.8,1.0,1.2", help="of it (released)")
     g.add_argument("--crop", type=int, default=730, help="side of the random crop (released)")
     g.add_argument("--flip", action=on_off, default=True, help="mirror half the images (released)")
 
@@ -226,7 +226,9 @@ def check(args):
     lowest.update(target_weight=0)
     lowest.update(crop=32, short_side=32, warmup_crop=32, warmup_short_side=32)
     both_folders = args.source == args.target == "folder"
-    same_root = args.source_root and args.source_root == args.target_root
+    same_images = args.source == args.target == "cityscapes"
+    if args.source_root and args.target_root:
+        same_images = args.source_root == args.target_root
     is_resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
     checks = []
     for name, low in lowest.items():
@@ -248,7 +250,7 @@ def check(args):
          "--source folder needs --source-root, with images/ and labels/ in it."),
         (args.target == "folder" and not args.target_root,
          "--target folder needs --target-root, with images/ in it."),
-        (args.source == args.target == "cityscapes" or same_root,
+        (same_images,
          "source and target are the same folder. Name two. To train on the target's labels, "
          "use intrada.py --stage 1 --alignment none."),
         (args.init == "imagenet" and not is_resnet101,

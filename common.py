@@ -85,7 +85,7 @@ def explain(error: Exception):
     # An error in a reading process arrives as a printed traceback. Its last line is the message.
     line = text.split("\n")[-1]
     if isinstance(error, UserError):
-        return " ".join(text.split("UserError: ")[-1].split())
+        return " ".join(text.split("UserError: ")[-1].splitlines())
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "the GPU is out of memory. Use smaller images or --checkpoint-activations."
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
@@ -293,7 +293,7 @@ class DeepLabV2(nn.Module):
     """
 
     checkpoint_activations = False  # True saves memory: the backward pass runs each block again
-    input_size = (1024, 512)  # (W, H) of the images in training; `predict` takes their area
+    input_size = (1024, 512)  # (W, H) of target images; `predict` takes its area
 
     def __init__(self, num_classes: int = 19, layers=(3, 4, 23, 3), width: int = 64, aux=True):
         super().__init__()
@@ -574,7 +574,7 @@ def load_weights(network: DeepLabV2, content, path="weights"):
 def load(path) -> DeepLabV2:
     """Return the trained network of our own or a published checkpoint, in eval mode, on the CPU.
 
-    The architecture follows from the tensors. `input_size` (W,H) is that of training, or the
+    The architecture follows from the tensors. `input_size` (W,H) is the run's --target-size, or the
     release's if the file does not say. `weight_report` says what was loaded. `digest` is a hash of
     the weights.
     """
@@ -828,7 +828,7 @@ def dataset_classes(kind: str, root, num_classes: int) -> tuple:
     names = [line.strip() for line in lines if line.strip()]
     if not len(names) == len(set(names)) == num_classes:
         counts = f"{len(set(names))} different names in {len(names)} lines"
-        raise UserError(f"{path} has {counts}. Write {num_classes}, or change --num-classes.")
+        raise UserError(f"{path} has {counts}. Write {num_classes}, one for each class.")
     return tuple(names)
 
 
@@ -899,7 +899,7 @@ def read_label(path, kind: str, num_classes: int) -> Image.Image:
     if foreign.sum() > tolerance * ids.size:
         percent = f"{100 * foreign.sum() / ids.size:.1f} % of the pixels are outside 0..{last_id}"
         value = last_id + 1 + int(np.argmax(foreign))
-        hint = "Give labels with ids of this dataset (not colours), or raise --num-classes."
+        hint = "Give labels with ids of this dataset, not colours. Is --num-classes too low?"
         raise UserError(f"{path}: {percent} (mostly {value}). {hint}")
     trainids = np.full(256, IGNORE, dtype=np.uint8)  # an id without a class becomes 255
     trainids[class_ids] = np.arange(len(class_ids))
@@ -1005,6 +1005,8 @@ class Labelled(Images):
         where = f"{self.label_paths[0]} and {len(labels) - 1} more"
         if are_trainids or max(labelled_shares) < 0.02:
             hint = f"Give labels with the ids of {self.kind}, not with colours or trainIds."
+            if self.kind in ("folder", "bdd100k"):
+                hint = "Give labels with trainIds 0, 1, 2, ...; 255 is for pixels without a class."
             raise UserError(f"{where}: few pixels have a class. {hint}")
         if len(found) == 1:
             what = f"only class {found[0]} occurs"
@@ -1417,7 +1419,7 @@ def earlier_checkpoint(folder, settings: dict):
     if different:
         hint = "A run with these settings needs an --out of its own."
         if saved.get("images") != settings.get("images"):
-            hint += " (images is a hash of their names. A different folder or list changes it.)"
+            hint += " (images is a hash of their names. More, fewer or different images change it.)"
         raise UserError(f"{path} has a run of different settings: {'; '.join(different)}. {hint}")
     return content
 
@@ -1437,7 +1439,7 @@ def resume(folder, settings: dict, state: dict) -> int:
 
 def save(path, it: int, settings: dict, state: dict):
     """Write a checkpoint: state_dicts of `state` {"model": network, ...}, iteration, settings and
-    the network's input size. Raises UserError if a weight is not finite. Nothing else writes one.
+    the network's input size. Raises UserError if a weight is not finite.
 
     It needs no random state: order and augmentation follow from seed and iteration.
     """
@@ -1511,8 +1513,8 @@ class Log:
 
     def losses(self, it: int, batches: list, device, losses: dict, **more):
         """Record an iteration's losses {term: scalar tensor} and `more`, with the speed since the
-        clock was restarted, the seconds of waiting for `batches`, and peak memory. The host waits
-        for the GPU only here. Raises UserError if a loss is not finite.
+        clock was restarted, the seconds of waiting for `batches`, and peak memory. Reading
+        losses makes the host wait for the GPU. Raises UserError if a loss is not finite.
         """
         values = torch.stack([x.detach().float() for x in losses.values()]).cpu()  # one transfer
         means = dict(zip(losses, (all_reduce(values) / world_size()).tolist()))  # over the ranks

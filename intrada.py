@@ -32,9 +32,9 @@ D8  Under torchrun, gradients and BatchNorm's running statistics are averaged ov
 D9  On GPUs that have bfloat16, training runs the convolutions in it (--no-amp: in float32). Their
     outputs become float32 before entropies and losses. Ranking and evaluation are float32. TF32 is
     off.
-D10 The demo (DEMO) is short. It starts from demo/initial.pth, a network trained on drawn source
-    scenes. Its adversarial weights are 20 times the defaults, its learning rates 12 times (G) and 3
-    times (D). The factor on the heads' rate is 0.3.
+D10 The demo (DEMO) is short, with a batch of 2 + 2. It starts from demo/initial.pth, a network that
+    was trained on drawn source scenes. Its adversarial weights are 20 times the defaults, its rates
+    12 times (G) and 3 times (D). The factor on the heads' rate is 0.3.
 
 Not supported: other networks, several target domains at once, Windows.
 """
@@ -58,7 +58,7 @@ from common import IGNORE, UserError
 # ====================================================================== arguments
 
 # Defaults of the demo: a run without a data root. Its 400 iterations of a small network need larger
-# rates and adversarial weights than the 120,000 of a ResNet-101. D10 lists what differs.
+# rates and adversarial weights than the 120,000 of a ResNet-101. D10 says what changes numbers.
 DEMO = dict(
     init="demo", layers=(1, 1, 1, 1), width=16,
     source_size=(256, 128), target_size=(256, 128), batch_size=2, max_iters=400, lr=3e-3,
@@ -186,9 +186,9 @@ def check(args):
     sides = (*args.source_size, *args.target_size)
     both_folders = args.source == args.target == "folder"
     is_resnet101 = args.layers == (3, 4, 23, 3) and args.width == 64
-    same_images = args.source == args.target == "cityscapes" or (
-        args.source_root and args.source_root == args.target_root
-    )
+    same_images = args.source == args.target == "cityscapes"
+    if args.source_root and args.target_root:
+        same_images = args.source_root == args.target_root
     checks = []
     for name, low in lowest.items():
         value = getattr(args, name)
@@ -492,10 +492,10 @@ def read_ranking(folder: Path, images: dict, input_size: tuple, classes: tuple) 
     return rows, made_with
 
 
-def check_weights(folder: Path, made_with: dict, network):
-    """Refuse a ranking that was not made with the network's weights."""
-    if made_with["weights"] != network.digest:
-        what = f"{folder} was made with weights other than those now in {made_with['checkpoint']}"
+def check_weights(folder: Path, made_with: dict, checkpoint: Path):
+    """Refuse a ranking that was not made with the weights of the checkpoint."""
+    if made_with["weights"] != common.load(checkpoint).digest:
+        what = f"{folder} was made with weights other than those now in {checkpoint}"
         raise UserError(f"{what}. Remove it and run --stage 2.")
 
 
@@ -534,6 +534,8 @@ def stage_2(args, images, classes, device):
     if not checkpoint.is_file():
         raise UserError(f"no file {checkpoint}. Run --stage 1 first, or name a file with --ckpt.")
     network = common.load(checkpoint)
+    if not args.ckpt and not network.settings:
+        raise UserError(f"{checkpoint} is not of a run of this script. Name the file with --ckpt.")
     if not args.ckpt and network.iterations < args.stop_iters:
         done = f"{checkpoint} has {network.iterations} of --stop-iters {args.stop_iters} iterations"
         raise UserError(f"{done}. Resume --stage 1 first, or name the file with --ckpt.")
@@ -543,7 +545,7 @@ def stage_2(args, images, classes, device):
     folder = args.out / "stage2"
     if folder.exists():
         _, made_with = read_ranking(folder, images, args.target_size, classes)
-        check_weights(folder, made_with, network)
+        check_weights(folder, made_with, checkpoint)
         print(f"stage2: already ranked, {folder / 'ranking.csv'}")
         return
     print(f"stage2: ranking {len(images)} target images with {checkpoint}, "
@@ -595,7 +597,7 @@ def stage_3(args, settings, images, classes, validation, device):
     # It may have been deleted since. If it is there, it must still be what ranked the images.
     checkpoint = ranking.absolute().parent / made_with["checkpoint"]
     if checkpoint.exists():
-        check_weights(ranking, made_with, common.load(checkpoint))
+        check_weights(ranking, made_with, checkpoint)
     easy, hard = easy_and_hard(rows, args.ratio, args.normalize_entropy)
     if args.alignment == "none":
         hard = []

@@ -376,7 +376,7 @@ def draw_houses(rng, brush, horizon, vanish):
 
 
 def draw_roadside(rng, brush, horizon, vanish, side, edge):
-    """Draw the pavement, and beside it a wall and a fence (each in 80 % of the scenes).
+    """Draw the pavement, and beside it a wall and a fence (each with probability 0.8).
 
     side: -1 left, 1 right of the road; edge: x where the road ends at the bottom of the image.
     """
@@ -660,7 +660,7 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
     """
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} exists. Remove it, or name a different folder")
+        raise FileExistsError(f"{root} exists")
     trees = [  # the place in this list is part of the seed
         ("GTA5", True, num_source, source_size),
         ("train", True, num_target, target_size),
@@ -713,7 +713,10 @@ def main():
     parser.add_argument("--num-val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--synthia", action="store_true", help="also write a SYNTHIA tree")
     parser.add_argument("--synscapes", action="store_true", help="also write a Synscapes tree")
-    write_scenes(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    if args.root.exists():
+        raise common.UserError(f"{args.root} exists. Remove it, or name a different folder.")
+    write_scenes(**vars(args))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python tools/label_quality.py runs/bcl --data-root DIR --images 100 --save labels.png
 
 Each validation image is paired with one source image, which is augmented as in training. The target
-image is not cropped; it has the size at which static labels are made. BatchNorm sees one pair at a
-time, which is less than in training. Two tables in percent are printed:
+image is not cropped; it has the size at which static labels are made. BatchNorm sees one image at
+a time, in training a batch. Two tables in percent are printed:
 
 1. Static labels y_F, dynamic labels y_D and hybrid labels at the run's τ, over the pixels whose
    true class is known. "coverage": the labelled share. "right": the correct share of the labelled.
