@@ -138,7 +138,8 @@ def parse() -> argparse.Namespace:
     text = "WxH of images for static labels and for validation (released)"
     g.add_argument("--target-size", type=common.WxH, default="1460x730", help=text)
     g.add_argument("--short-side", type=int, default=850, help="pixels before crop (released)")
-    g.add_argument("--scales", type=scale_factors, default="0.8,1.0,1.2", help="of it (released)")
+    text = "factors on --short-side, at random (released)"
+    g.add_argument("--scales", type=scale_factors, default="0.8,1.0,1.2", help=text)
     g.add_argument("--crop", type=int, default=730, help="side of the random crop (released)")
     g.add_argument("--flip", action=on_off, default=True, help="mirror half the images (released)")
 
