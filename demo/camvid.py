@@ -80,6 +80,7 @@ def main():
     if args.out.exists():
         raise UserError(f"{args.out} exists. Remove it, or choose another OUT.")
     frames = list_frames(args.src)
+    # Before anything is written: without these frames a domain would be empty.
     parts = {(part, name.split("_")[0]) for part, name in frames}
     if not {("train", "0001TP"), ("test", "0001TP"), ("train", "0006R0")} <= parts:
         wanted = "train/0001TP_*, test/0001TP_* and train/0006R0_*"
@@ -93,6 +94,7 @@ def main():
         if label.max() > VOID:
             raise UserError(f"{label_path} has value {label.max()}, not 0 to {VOID}. {HINT}")
         label = np.where(label == VOID, common.IGNORE, label).astype(np.uint8)
+        # Nearest for labels: a mean of two ids would be a third class.
         label = common.resize(Image.fromarray(label), SIZE, "label")
         image = common.resize(common.open_rgb(args.src / part / name), SIZE, "image")
         for domain, split in folders:

@@ -30,10 +30,11 @@ def settings_of(log: Path) -> tuple:
     starts = [record for record in records if record.get("event") == "start"]
     if not starts or "settings" not in starts[-1]:
         raise UserError(f"{log} is not the log of a training run. Name run folders.")
-    start = starts[-1]
+    start = starts[-1]  # a resumed run has several
     settings = {"stage": start["stage"], "iterations": start["iters"], **start["settings"]}
-    seed = settings.pop("seed", None)
+    seed = settings.pop("seed", None)  # the only setting in which runs of a row may differ
     settings.pop("ranking", None)  # a hash of stage 1's weights, which follow from the seed
+    # Runs of a row may start from checkpoints of their own seeds, if these were trained alike.
     init = Path(str(settings.get("init")))
     if (init.parent / "log.jsonl").is_file():
         earlier, _, _ = settings_of(init.parent / "log.jsonl")
@@ -53,6 +54,7 @@ def read_run(log: Path) -> tuple:
     if evaluated < iters:
         what = f"{log} has {reached} of {iters} iterations, the last evaluation is at {evaluated}"
         raise UserError(f"{what}. Resume the run, or leave it out.")
+    # SYNTHIA has 16 of the classes: published means are over these.
     names = list(evaluations[-1]["iou"])
     absent = [names[c] for c in common.ABSENT.get(settings.get("source"), ())]
     iou = {name: x for name, x in evaluations[-1]["iou"].items() if name not in absent}
@@ -95,6 +97,7 @@ def spread(values: list) -> str:
 def difference(row: dict, other: dict) -> str:
     """Text: row minus other, in the last scores at equal seeds: mean ± standard error, and in
     brackets the number of seeds."""
+    # Paired: runs of one seed share order and augmentation, so their differences vary less.
     values = [row[seed]["last"] - other[seed]["last"] for seed in row if seed in other]
     if not values:
         return "-"
@@ -126,6 +129,7 @@ def main():
         rows[name] = read_row(name, pattern)
     if args.minus and args.minus not in rows:
         raise UserError(f"--minus {args.minus} is not a row. Rows are {', '.join(rows)}.")
+    # Means over different classes cannot be compared.
     classes = {name: list(next(iter(runs.values()))["iou"]) for name, runs in rows.items()}
     shared = next(iter(classes.values()))
     for name, own in classes.items():

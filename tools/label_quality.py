@@ -65,12 +65,13 @@ def read_run(folder: Path, device) -> Run:
         except (SyntaxError, ValueError):  # not a number, a tuple or True
             settings[name] = text
     settings["images"] = content["settings"]["images"]  # a hash, never a number
+    # Before its end a run has labels of one round and thresholds of another.
     total = settings["rounds"] * settings["round_iters"]
     if content["iter"] < total:
         raise UserError(f"{folder} has {content['iter']} of {total} iterations. Resume it first.")
     G = common.load(folder / "last.pth").to(device)
     predictor = bcl.label_network(G, settings["label_bn"])
-    common.set_mode(G, settings["bn"])
+    common.set_mode(G, settings["bn"])  # features as the loop sees them, not as evaluation does
     emas = []
     for side in ("ema_source", "ema_target"):
         ema = bcl.PrototypeEMA(G.num_classes, 32 * G.width, settings["momentum"])
@@ -133,6 +134,7 @@ def labels_of(run: Run, seen: Seen) -> dict:
 def count(members: Tensor, labelled: Tensor, *answers: Tensor) -> np.ndarray:
     """Three or more counts of positions: the members, the labelled members, and for each answer
     (True where it is right) the labelled members on which it is right."""
+    # Counts, not shares: images of different sizes must weigh by their pixels.
     labelled = labelled & members
     counts = [members.sum(), labelled.sum(), *((labelled & right).sum() for right in answers)]
     return torch.stack(counts).cpu().numpy()
@@ -158,6 +160,7 @@ def true_bias(run: Run, pairs, device) -> tuple:
         p_t.append(bcl.class_prototypes(seen.f_t, seen.truth, C))
     means = []
     for prototypes in (p_s, p_t):
+        # calibrate() takes EMAs; with momentum 0 one holds the mean itself.
         mean = bcl.PrototypeEMA(C, len(seen.f_s), momentum=0.0).to(device)
         mean.update(bcl.mean_prototypes(prototypes))
         means.append(mean)
@@ -185,6 +188,7 @@ def report(run: Run, pairs, device):
         y_f = common.pick(seen.y_f_full[None], *seen.truth.shape)[0]  # (h, w)
         known = seen.truth != IGNORE
         groups = {"all": known, "without y_F": known & (y_f == IGNORE)}
+        # The question of the second table: does a sure prototype know more than the classifier?
         classifier_right = seen.classified == seen.truth
         for bias, emas in biases.items():
             p_st = bcl.calibrate(p_s, *emas) if emas else p_s
