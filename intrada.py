@@ -492,9 +492,9 @@ def read_ranking(folder: Path, images: dict, input_size: tuple, classes: tuple) 
     return rows, made_with
 
 
-def check_weights(folder: Path, made_with: dict, checkpoint: Path):
-    """Refuse a ranking that was not made with the weights of the checkpoint."""
-    if made_with["weights"] != common.load(checkpoint).digest:
+def check_weights(folder: Path, made_with: dict, network, checkpoint: Path):
+    """Refuse a ranking that was not made with the network's weights, which the checkpoint holds."""
+    if made_with["weights"] != network.digest:
         what = f"{folder} was made with weights other than those now in {checkpoint}"
         raise UserError(f"{what}. Remove it and run --stage 2.")
 
@@ -545,7 +545,7 @@ def stage_2(args, images, classes, device):
     folder = args.out / "stage2"
     if folder.exists():
         _, made_with = read_ranking(folder, images, args.target_size, classes)
-        check_weights(folder, made_with, checkpoint)
+        check_weights(folder, made_with, network, checkpoint)
         print(f"stage2: already ranked, {folder / 'ranking.csv'}")
         return
     print(f"stage2: ranking {len(images)} target images with {checkpoint}, "
@@ -597,7 +597,7 @@ def stage_3(args, settings, images, classes, validation, device):
     # It may have been deleted since. If it is there, it must still be what ranked the images.
     checkpoint = ranking.absolute().parent / made_with["checkpoint"]
     if checkpoint.exists():
-        check_weights(ranking, made_with, checkpoint)
+        check_weights(ranking, made_with, common.load(checkpoint), checkpoint)
     easy, hard = easy_and_hard(rows, args.ratio, args.normalize_entropy)
     if args.alignment == "none":
         hard = []

@@ -655,12 +655,12 @@ def write_scenes(root, seed=0, source_size=(256, 128), target_size=(256, 128), n
 
     Sizes are (W, H). An image depends on (seed, tree, index) alone. train_easy.txt, train_hard.txt,
     val_easy.txt and val_hard.txt list the target images as <city>_<seq>_<frame>. Training never
-    reads them. `root` must not exist (FileExistsError). It appears when it is complete. An error or
+    reads them. `root` must not exist (UserError). It appears when it is complete. An error or
     Ctrl-C leaves nothing behind.
     """
     root = Path(root)
     if root.exists():
-        raise FileExistsError(f"{root} exists")
+        raise common.UserError(f"{root} exists. Remove it, or name a different folder.")
     trees = [  # the place in this list is part of the seed
         ("GTA5", True, num_source, source_size),
         ("train", True, num_target, target_size),
@@ -689,7 +689,7 @@ def demo_scenes(source: str) -> Path:
         print(f"drawing the built-in street scenes into {root} ...", flush=True)
         try:
             write_scenes(root, synthia=source == "synthia", synscapes=source == "synscapes")
-        except OSError:
+        except (OSError, common.UserError):
             if not root.exists():
                 raise
             # Another process was faster, with the same scenes.
@@ -713,10 +713,7 @@ def main():
     parser.add_argument("--num-val", type=int, default=100, help="validation images (100)")
     parser.add_argument("--synthia", action="store_true", help="also write a SYNTHIA tree")
     parser.add_argument("--synscapes", action="store_true", help="also write a Synscapes tree")
-    args = parser.parse_args()
-    if args.root.exists():
-        raise common.UserError(f"{args.root} exists. Remove it, or name a different folder.")
-    write_scenes(**vars(args))
+    write_scenes(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
